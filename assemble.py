@@ -1,0 +1,232 @@
+"""From options to the objects of a run: images, model, shards, optimizer, loaders.
+
+    Config -> ViT on meta -> Megatron-FSDP shards -> optimizer over them -> Run
+
+The last place that sees options; what it calls takes values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+import checkpoint
+import distributed
+import imagenet_dataset
+import layers
+import optim
+import sharding
+from distributed import World
+from imagenet_dataset import Batch, ImageIndex
+from schema import Config
+from sharding import Shard
+from vit import Block, VisionTransformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that the loop works with; made once by `prepare`."""
+
+    config: Config
+    world: World
+    model: nn.Module
+    shards: list[Shard]
+    optimizer: torch.optim.Optimizer
+    train_index: ImageIndex
+    val_index: ImageIndex
+    dtype: torch.dtype
+    flops_per_image: int
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and logs live."""
+        return Path(self.config.training.checkpoint.path)
+
+    @property
+    def global_batch(self) -> int:
+        """Images per update, over all ranks and microbatches."""
+        return (
+            self.config.dataset.train.batch_size
+            * self.config.training.grad_accum_steps
+            * self.world.size
+        )
+
+    def tensors(self) -> checkpoint.TensorTree:
+        """Return what a checkpoint holds, on the training memory."""
+        return {
+            "model": sharding.model_state(self.shards),
+            "optimizer": sharding.optimizer_state(self.shards, self.optimizer),
+        }
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype; auto is bf16 on CUDA and fp32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def build_model(config: Config, *, backend: str, on_meta: bool) -> VisionTransformer:
+    """Build the ViT, on the meta device or the CPU; its values depend on seed and names alone."""
+    options = dataclasses.asdict(config.model.vit)
+    for name in ("img_size", "patch_size"):
+        if isinstance(options[name], list):
+            options[name] = tuple(options[name])
+    with torch.device("meta") if on_meta else contextlib.nullcontext():
+        return VisionTransformer(**options, backend=backend, seed=config.training.seed)
+
+
+def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
+    """Index the training and validation images; unpack a bundled archive on first use."""
+    train_root = Path(config.dataset.train.root)
+    val_root = Path(config.dataset.val.root or train_root)
+    if world.local_rank == 0:
+        imagenet_dataset.unpack_archive(train_root)
+    dist.barrier()
+    train_index = imagenet_dataset.index_images(train_root, "train")
+    val_index = imagenet_dataset.index_images(val_root, "val")
+    imagenet_dataset.check_same_classes(train_index, val_index)
+    if len(train_index.classes) != config.model.vit.num_classes:
+        raise ValueError(
+            f"config model.vit.num_classes={config.model.vit.num_classes}: must be "
+            f"{len(train_index.classes)}, the classes in {train_index.root}"
+        )
+    return train_index, val_index
+
+
+def pick_backend(config: Config, world: World) -> tuple[str, str]:
+    """Return the backend and why; check that fp8, if asked for, can work with it."""
+    backend, reason = layers.resolve_backend(config.model.backend, world.device)
+    if config.model.te_fp8 is not None:
+        if backend != "te":
+            raise ValueError(
+                f"config model.te_fp8={config.model.te_fp8}: needs backend te, got {reason}"
+            )
+    return backend, reason
+
+
+def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimizer:
+    """Return the optimizer over this rank's shards, ready to drive the sharded model."""
+    o = config.optimizer
+    groups = optim.parameter_groups(
+        ((shard.name, shard.local) for shard in shards), weight_decay=o.weight_decay
+    )
+    optimizer = optim.build_optimizer(
+        o.name, groups, betas=(o.betas[0], o.betas[1]), eps=o.eps, momentum=o.momentum
+    )
+    sharding.shard_optimizer(optimizer)
+    return optimizer
+
+
+def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
+    """Build everything from the options; return it and the choices made, for the log."""
+    backend, reason = pick_backend(config, world)
+    dtype = pick_dtype(config.model.dtype, world.device)
+    strategy = sharding.strategy_name(config.fsdp.zero_dp_strategy)
+    meshes = distributed.build_meshes(
+        dp_outer=config.distributed.dp_outer,
+        dp_shard=config.distributed.dp_shard,
+        ep=config.distributed.ep,
+        device=world.device,
+    )
+    # The library cannot shard nothing from the meta device, and there is then nothing to save.
+    vit = build_model(config, backend=backend, on_meta=strategy != "no_shard")
+    train_index, val_index = find_images(config, world)
+    model = sharding.shard_model(
+        vit,
+        meshes,
+        unit_types=[Block],
+        strategy=strategy,
+        outer_strategy=config.fsdp.outer_dp_sharding_strategy,
+        compute_dtype=dtype,
+    )
+    shards = sharding.list_shards(model, rename=layers.canonical_name)
+    run = Run(
+        config,
+        world,
+        model,
+        shards,
+        optimizer=build_optimizer(config, shards),
+        train_index=train_index,
+        val_index=val_index,
+        dtype=dtype,
+        flops_per_image=vit.train().flops_per_image(),
+    )
+    choices = {
+        "backend": backend,
+        "backend_reason": reason,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": distributed.device_name(world.device),
+        "mesh": f"dp_outer={meshes.dp_outer} dp_shard={meshes.expert.size(1)} ep={meshes.ep}",
+        "zero": strategy,
+        "parameters": sum(shard.main.numel() for shard in shards),
+        "global_batch": run.global_batch,
+        "train_images": len(train_index.paths),
+        "val_images": len(val_index.paths),
+        "layout": train_index.layout,
+    }
+    return run, choices
+
+
+def image_hw(config: Config) -> tuple[int, int]:
+    """Return the image size as (height, width) in pixels."""
+    size = config.model.vit.img_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
+    """Yield this rank's microbatches from update `start_step` to the end of the run."""
+    data, train = run.config.dataset, run.config.dataset.train
+    transform = imagenet_dataset.train_transform(
+        img_size=image_hw(run.config),
+        scale=(train.crop_scale[0], train.crop_scale[1]),
+        ratio=(train.crop_ratio[0], train.crop_ratio[1]),
+        hflip=train.hflip,
+        color_jitter=train.color_jitter,
+        interpolation=data.interpolation,
+        mean=(data.mean[0], data.mean[1], data.mean[2]),
+        std=(data.std[0], data.std[1], data.std[2]),
+    )
+    loader = imagenet_dataset.train_loader(
+        run.train_index,
+        transform=transform,
+        batch_size=train.batch_size,
+        grad_accum_steps=run.config.training.grad_accum_steps,
+        start_step=start_step,
+        num_steps=run.config.training.steps,
+        rank=run.world.rank,
+        world=run.world.size,
+        seed=run.config.training.seed,
+        num_workers=data.num_workers,
+        pin_memory=run.world.device.type == "cuda",
+    )
+    yield from loader
+
+
+def val_batches(run: Run) -> DataLoader:
+    """Return the loader of this rank's share of the validation images."""
+    data = run.config.dataset
+    return imagenet_dataset.val_loader(
+        run.val_index,
+        transform=imagenet_dataset.val_transform(
+            img_size=image_hw(run.config),
+            crop_ratio=data.val.crop_ratio,
+            interpolation=data.interpolation,
+            mean=(data.mean[0], data.mean[1], data.mean[2]),
+            std=(data.std[0], data.std[1], data.std[2]),
+        ),
+        batch_size=data.val.batch_size,
+        rank=run.world.rank,
+        world=run.world.size,
+        num_workers=data.num_workers,
+        pin_memory=run.world.device.type == "cuda",
+    )

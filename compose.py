@@ -1,0 +1,99 @@
+"""From YAML and command line to validated options, and from options to documentation.
+
+    config/<name>.yaml + overrides --Hydra--> DictConfig --compose--> Config --> train.py
+
+Whatever is wrong is a ValueError of one line that names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from schema import Config, validate, walk
+
+CONFIG_DIR = Path(__file__).resolve().parent / "config"
+
+
+def _thaw(node: DictConfig) -> DictConfig:
+    """Let Hydra write to a node made from frozen dataclasses (OmegaConf marks them read-only)."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _thaw(child)
+    return node
+
+
+def _unknown(key: str) -> str:
+    """Say that there is no option `key`, and which near it there are."""
+    options = [name for name, _, _ in walk(Config())]
+    sections = sorted({name.rpartition(".")[0] for name in options} - {""})
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in options + sections if name.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, options + sections, n=3)
+    return f"config {key}: no such option (allowed: {', '.join(near or siblings or sections)})"
+
+
+def _one_line(error: Exception) -> str:
+    """Say what OmegaConf or Hydra found wrong in one line: field, value, what is allowed."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is None or not cause.full_key:
+        return f"config: {' '.join(str(error).split())}"
+    key, first = str(cause.full_key), str(cause.msg).splitlines()[0]
+    return _unknown(key) if first.startswith("Key ") else f"config {key}: {first}"
+
+
+def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG_DIR) -> Config:
+    """Return the validated options of `config_dir/config_name.yaml` with `overrides` on top.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: An option is unknown, of the wrong type or out of range.
+    """
+    if not (config_dir / f"{config_name}.yaml").is_file():
+        names = sorted(path.stem for path in config_dir.glob("*.yaml"))
+        raise FileNotFoundError(
+            f"config {config_dir}/{config_name}.yaml: not found (there are: {', '.join(names)})"
+        )
+    ConfigStore.instance().store(name="schema", node=_thaw(OmegaConf.structured(Config)))
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir.resolve())):
+            composed = hydra_compose(config_name, overrides)
+        config = OmegaConf.to_object(composed)
+    except dataclasses.FrozenInstanceError as error:  # what `+key=value` added
+        raise ValueError(_unknown(str(error).split("'")[1])) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from error
+    assert isinstance(config, Config), "the schema types the root"
+    return validate(config)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the options as YAML, in the order of this file."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def options_table() -> str:
+    """Return a Markdown table of every option, for docs/config.md and `--help`."""
+    rows = ["| option | default | range | meaning |", "|---|---|---|---|"]
+    for name, field, value in walk(Config()):
+        data = field.metadata
+        allowed = ", ".join(str(c) if c != "" else '""' for c in data["choices"] or ())
+        bounds = [f">= {data['low']}" if data["low"] is not None else ""]
+        bounds.append(f"<= {data['high']}" if data["high"] is not None else "")
+        shown = "null" if value is None else f'"{value}"' if value == "" else value
+        rows.append(
+            f"| `{name}` | {shown} | {allowed or ' '.join(bounds).strip()} | {data['doc']} |"
+        )
+    return "\n".join(rows).replace("None", "null")

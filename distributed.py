@@ -1,0 +1,206 @@
+"""Process group, device mesh, random seeds and decisions that all ranks take together.
+
+Nothing here knows of models. This file and train.py are the only ones that read the environment.
+
+    torchrun's variables -> World (rank, size, device) -> Meshes (dense, expert) -> sharding.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+
+AXES = ("dp_outer", "dp_shard", "ep")
+
+# Dense bf16 peak of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, how many there are, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes logs and prints."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The two device meshes with axes (dp_outer, dp_shard, ep).
+
+    Dense parameters shard over all ranks of a replica, so their mesh is (O, S * EP, 1); an
+    expert's parameters live on one `ep` coordinate and shard over `dp_shard`: (O, S, EP).
+    """
+
+    dense: DeviceMesh
+    expert: DeviceMesh
+
+    @property
+    def dp_outer(self) -> int:
+        """Number of replicas of the sharded model (HSDP)."""
+        return self.dense.size(0)
+
+    @property
+    def ep(self) -> int:
+        """Number of ranks over which the experts of a layer are spread."""
+        return self.expert.size(2)
+
+
+def launch_facts() -> tuple[int, int, int]:
+    """Return (rank, world size, local rank) as torchrun set them, or (0, 1, 0) without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name) for name in names]
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if len(missing) == len(names):
+        return 0, 1, 0
+    if missing:
+        raise ValueError(
+            f"environment {', '.join(missing)}: not set though others of {', '.join(names)} are; "
+            "start with `torchrun train.py ...` or with none of them"
+        )
+    rank, world_size, local_rank = (int(value or 0) for value in values)
+    return rank, world_size, local_rank
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """Return the device of this rank for `device=auto|cpu|cuda`.
+
+    Raises:
+        ValueError: CUDA was asked for and is missing, or has fewer devices than local ranks.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"config device={name}: local rank {local_rank} has no CUDA device, {count} visible "
+            "(use device=cpu, or at most that many ranks per node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
+    """Join the process group, NCCL on CUDA and gloo on CPU, and leave it whatever happens.
+
+    Without torchrun it is a group of one rank that needs no network port.
+    """
+    rank, world_size, local_rank = launch_facts()
+    world = World(rank, world_size, local_rank, pick_device(device, local_rank))
+    timeout = timedelta(seconds=timeout_s)
+    # On CUDA, gloo rides along for decisions about CPU objects (which checkpoint, which config).
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=torch._C._distributed_c10d.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def build_meshes(*, dp_outer: int, dp_shard: int | None, ep: int, device: torch.device) -> Meshes:
+    """Return the meshes for `dp_outer x dp_shard x ep` ranks; dp_shard=None takes what is left.
+
+    Raises:
+        ValueError: The product is not the world size; the message spells the product out.
+    """
+    world_size = dist.get_world_size()
+    shard = world_size // (dp_outer * ep) if dp_shard is None else dp_shard
+    if dp_outer * shard * ep != world_size:
+        raise ValueError(
+            f"config distributed: dp_outer={dp_outer} * dp_shard={shard} * ep={ep} = "
+            f"{dp_outer * shard * ep}, must equal the world size {world_size}"
+        )
+    return Meshes(
+        init_device_mesh(device.type, (dp_outer, shard * ep, 1), mesh_dim_names=AXES),
+        init_device_mesh(device.type, (dp_outer, shard, ep), mesh_dim_names=AXES),
+    )
+
+
+def stable_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that is a pure function of `parts`, on every machine and version."""
+    text = ":".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_step(seed: int, *, step: int, microbatch: int, rank: int) -> None:
+    """Seed the global generators (CPU and CUDA), which dropout and drop path draw from.
+
+    The draws are a function of (seed, step, microbatch, rank), so resuming needs no RNG state.
+    """
+    torch.manual_seed(stable_seed(seed, "step", step, microbatch, rank))
+
+
+def from_main(value: T) -> T:
+    """Return rank 0's `value` on every rank, so that a decision is taken once. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def require_equal(name: str, value: str) -> None:
+    """Raise ValueError on every rank if `value` differs between ranks. Collective."""
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    different = [f"rank {rank}: {item}" for rank, item in enumerate(values) if item != values[0]]
+    if different:
+        raise ValueError(f"{name} differs between ranks: rank 0: {values[0]}; {different[0]}")
+
+
+def device_name(device: torch.device) -> str:
+    """Return the marketing name of a CUDA device, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_tflops(device: torch.device, override: float | None) -> float | None:
+    """Return the dense bf16 peak of `device` in TFLOP/s, None where no figure is known."""
+    if override is not None:
+        return override
+    name = device_name(device)
+    # The longest key wins: "H100 PCIe" before "H100".
+    keys = sorted((key for key in PEAK_TFLOPS if key in name), key=len, reverse=True)
+    return PEAK_TFLOPS[keys[0]] if keys else None
+
+
+def memory_gib(device: torch.device) -> float:
+    """Return the peak memory of this process in GiB: allocated on CUDA, resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

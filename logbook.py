@@ -1,0 +1,143 @@
+"""What a run leaves to read: log.jsonl, TensorBoard, W&B, a progress bar and the last table.
+
+    <run folder>/  config.yaml  versions.json  log.jsonl  tensorboard/  wandb/
+
+Rank 0 writes; on the other ranks every method does nothing, so the loop has no `if is_main`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "megatron-fsdp",
+    "transformer-engine",
+    "triton",
+    "hydra-core",
+    "pillow",
+)
+
+
+class _WandbRun(Protocol):
+    def log(self, values: Mapping[str, float], *, step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def start_wandb(project: str | None, *, mode: str, folder: Path) -> _WandbRun | None:
+    """Return a W&B run that resumes by the folder's name, or None without a project.
+
+    Raises:
+        ValueError: A project was asked for and wandb does not import.
+    """
+    if project is None:
+        return None
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"config training.wandb.project={project}: wandb does not import ({error}); "
+            "`pip install wandb`, or set it to null"
+        ) from error
+    run: _WandbRun = wandb.init(
+        project=project, id=folder.name, resume="allow", dir=str(folder), mode=mode
+    )
+    return run
+
+
+class Logbook:
+    """Writes a run's log; silent on every rank but 0."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        step: int,
+        num_steps: int,
+        tensorboard: bool,
+        wandb_project: str | None,
+        wandb_mode: str,
+    ) -> None:
+        self._is_main = is_main
+        self._file = self._board = self._wandb = self._bar = None
+        if not is_main:
+            return
+        self._wandb = start_wandb(wandb_project, mode=wandb_mode, folder=folder)
+        self._file = (folder / "log.jsonl").open("a", buffering=1)
+        if tensorboard:
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self._bar = tqdm(
+            total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
+        )
+
+    def event(self, name: str, **values: object) -> None:
+        """Print one `name key=value ...` line and add it to log.jsonl."""
+        if not self._is_main:
+            return
+        if self._file is not None:
+            self._file.write(json.dumps({"time": time.time(), "event": name, **values}) + "\n")
+        tqdm.write(" ".join([name, *(f"{key}={value}" for key, value in values.items())]))
+
+    def metrics(self, kind: str, *, step: int, values: Mapping[str, float]) -> None:
+        """Log figures of `kind` (train, val) after `step` updates to every sink."""
+        if not self._is_main:
+            return
+        self.event(kind, step=step, **{key: float(f"{value:.6g}") for key, value in values.items()})
+        named = {f"{kind}/{key}": value for key, value in values.items()}
+        if self._board is not None:
+            for key, value in named.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+
+    def advance(self, **shown: str) -> None:
+        """Move the progress bar by one step; `shown` stands beside it until replaced."""
+        if self._bar is not None:
+            if shown:
+                self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        for sink in (self._bar, self._board, self._file):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def print_table(title: str, rows: Mapping[str, str]) -> None:
+    """Print `rows` as a two-column table; values are never wrapped, so that they can be copied."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    # Borders and padding of two columns take 7 characters.
+    width = 7 + max(map(len, rows)) + max(map(len, rows.values()))
+    Console(width=width, soft_wrap=True).print(table)

@@ -1,0 +1,76 @@
+"""Shared test tools: a runner of gloo ranks, and small datasets."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import distributed
+
+torch.set_num_threads(1)  # children are forked: no OpenMP pool may exist in this process
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _child(variables, pipe, fn, args):
+    os.environ.update(variables)
+    status = 1
+    try:
+        with distributed.process_group("cpu", timeout_s=60) as world:
+            result = fn(world, *args)
+        pipe.send_bytes(pickle.dumps((True, result)))  # not send(): it shares tensors by descriptor
+        status = 0
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    finally:
+        pipe.close()
+        os._exit(status)
+
+
+def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = 180) -> list:
+    """Run `fn(world, *args)` on gloo ranks in forked processes; return their results by rank."""
+    context = multiprocessing.get_context("fork")
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(_free_port())
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = context.Process(target=_child, args=(variables, sender, fn, args))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    results = []
+    try:
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(timeout_s):
+                pytest.fail(f"rank {rank} of {world_size} gave no result in {timeout_s} s")
+            try:
+                is_ok, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                pytest.fail(f"rank {rank} of {world_size} died")
+            if not is_ok:
+                pytest.fail(f"rank {rank} of {world_size}:\n{value}")
+            results.append(value)
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    return results
+
+
+@pytest.fixture
+def ranks() -> Callable:
+    """The function `ranks(n, fn, *args)`: results of `fn(world, *args)` on n gloo ranks."""
+    return run_ranks

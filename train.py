@@ -1,0 +1,345 @@
+r"""Train a Vision Transformer; the same command starts a run and resumes it.
+
+python train.py                                             # one process: a CPU, or one GPU
+torchrun --nproc-per-node 2 train.py                        # two ranks, the bundled images
+torchrun --nproc-per-node ${NGPU} train.py --config-name vit_base_patch16_224 \
+        distributed.dp_shard=${NGPU} dataset.train.root=/data/imagenet \
+        training.checkpoint.path=./ckpts/vit
+python train.py --help                                      # every option
+
+set lr -> microbatches (forward, backward) -> clip -> update -> log -> validate -> save
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  # the name that everyone uses
+
+import assemble
+import checkpoint
+import compose
+import distributed
+import layers
+import optim
+import sharding
+from assemble import Run
+from distributed import World
+from imagenet_dataset import NOT_COUNTED, Batch
+from logbook import Logbook, print_table, versions
+from schema import Config
+
+VAL_FIGURES = ("images", "loss", "top1", "top5")
+EXIT_OPTIONS, EXIT_NON_FINITE = 2, 5
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradients stopped being finite numbers."""
+
+
+@dataclasses.dataclass
+class Meter:
+    """Sums since the last log line; the tensors stay on the device until they are asked for."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    steps: int = 0
+    train_s: float = 0.0
+    data_s: float = 0.0
+
+    @classmethod
+    def start(cls, device: torch.device) -> Meter:
+        """Return a meter at zero."""
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+
+
+def smoothed_loss(logits_BY: Tensor, label_B: Tensor, *, smoothing: float) -> Tensor:
+    """Return the mean cross-entropy in fp32, with label smoothing (arXiv:1512.00567, sec. 7)."""
+    return F.cross_entropy(logits_BY.float(), label_B, label_smoothing=smoothing)
+
+
+def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -> None:
+    """Make optimizer update number `step` (from 0) and add its figures to `meter`."""
+    o, t = run.config.optimizer, run.config.training
+    started = time.perf_counter()
+    lr = optim.lr_at(
+        step, peak=o.lr, final=o.min_lr, warmup_steps=o.warmup_steps, num_steps=t.steps
+    )
+    optim.set_lr(run.optimizer, lr)
+    run.optimizer.zero_grad()
+    # Sharding sums gradients over ranks, so the mean over the global batch is taken here.
+    share = 1 / (t.grad_accum_steps * run.world.size)
+    for number in range(t.grad_accum_steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        meter.data_s += time.perf_counter() - asked
+        image_BCHW = batch.image_BCHW.to(run.world.device, run.dtype, non_blocking=True)
+        label_B = batch.label_B.to(run.world.device, non_blocking=True)
+        distributed.seed_step(t.seed, step=step, microbatch=number, rank=run.world.rank)
+        with sharding.microbatch(run.model, is_last=number == t.grad_accum_steps - 1):
+            with layers.fp8_context(run.config.model.te_fp8):
+                logits_BY = run.model(image_BCHW)
+            loss = smoothed_loss(logits_BY, label_B, smoothing=t.label_smoothing) * share
+            loss.backward()
+        meter.loss += loss.detach()
+    sharding.finish_gradients(run.model, run.shards)
+    meter.grad_norm += sharding.clip_gradients(run.shards, o.clip_norm)
+    sharding.step_optimizer(run.optimizer)
+    meter.steps += 1
+    meter.train_s += time.perf_counter() - started
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """Return loss, top-1 and top-5 (in percent) over the validation images, each once."""
+    run.model.eval()
+    sums_4 = torch.zeros(4, dtype=torch.float64, device=run.world.device)
+    for batch in assemble.val_batches(run):
+        # Every rank runs every batch, since the forward is collective; padding is not counted.
+        image_BCHW = batch.image_BCHW.to(run.world.device, run.dtype, non_blocking=True)
+        label_B = batch.label_B.to(run.world.device, non_blocking=True)
+        logits_BY = run.model(image_BCHW).float()
+        is_real_B = label_B != NOT_COUNTED
+        logits_BY, label_B = logits_BY[is_real_B], label_B[is_real_B]
+        best_Bk = logits_BY.topk(min(5, logits_BY.shape[1]), dim=1).indices
+        is_hit_Bk = best_Bk == label_B[:, None]
+        loss = F.cross_entropy(logits_BY, label_B, reduction="sum")
+        sums_4 += torch.stack(
+            [is_real_B.sum(), loss.double(), is_hit_Bk[:, :1].sum(), is_hit_Bk.sum()]
+        ).double()
+    run.model.train()
+    dist.all_reduce(sums_4)
+    count, loss_sum, top1, top5 = sums_4.tolist()
+    return {
+        "images": count,
+        "loss": loss_sum / count,
+        "top1": 100 * top1 / count,
+        "top5": 100 * top5 / count,
+    }
+
+
+def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
+    """Return the figures since the last log line; the one host sync of the interval. Collective.
+
+    Raises:
+        NonFiniteError: On every rank, if the loss or the gradient norm is not finite.
+    """
+    sums_2 = torch.stack([meter.loss, meter.grad_norm])
+    dist.all_reduce(sums_2)
+    loss, grad_norm = (sums_2 / meter.steps).tolist()
+    grad_norm /= run.world.size  # every rank has the same norm; the loss shares add up to a mean
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(f"non-finite loss={loss} or grad_norm={grad_norm} by step {step}")
+    images_per_s = meter.steps * run.global_batch / meter.train_s
+    peak = distributed.peak_tflops(run.world.device, run.config.training.peak_tflops)
+    # Forward and backward: the backward pass has two products for each of the forward's.
+    flops_per_s = 3 * run.flops_per_image * images_per_s / run.world.size
+    figures = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "images_per_s": images_per_s,
+        "step_ms": 1000 * meter.train_s / meter.steps,
+        "data_ms": 1000 * meter.data_s / meter.steps,
+        "memory_gib": distributed.memory_gib(run.world.device),
+    }
+    if peak is not None:
+        figures["mfu_percent"] = 100 * flops_per_s / (peak * 1e12)
+    return figures
+
+
+def facts(run: Run, *, step: int, figures: Mapping[str, float]) -> dict[str, object]:
+    """Return the JSON state of a checkpoint: all that resuming needs besides the tensors."""
+    return {
+        "step": step,
+        "images_seen": step * run.global_batch,
+        "global_batch": run.global_batch,
+        "seed": run.config.training.seed,
+        "train_images": len(run.train_index.paths),
+        "world_size": run.world.size,
+        "metrics": dict(figures),
+        "config": dataclasses.asdict(run.config),
+        "versions": versions(),
+    }
+
+
+def save(run: Run, logbook: Logbook, *, step: int, figures: Mapping[str, float]) -> Path:
+    """Write a checkpoint, delete what retention lets go, and return the new folder. Collective."""
+    started = time.perf_counter()
+    folder = checkpoint.save(
+        run.folder,
+        run.tensors(),
+        state=facts(run, step=step, figures=figures),
+        loss=figures["loss"],
+    )
+    if run.world.is_main:
+        checkpoint.sweep(run.folder, keep_last=run.config.training.checkpoint.keep_last)
+    logbook.event("saved", step=step, folder=str(folder), s=round(time.perf_counter() - started, 2))
+    return folder
+
+
+def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
+    """Return the options that changed since `found` was saved.
+
+    Raises:
+        ValueError: The order of images would change, so the run could not continue exactly.
+    """
+    now = facts(run, step=found.step, figures={})
+    for name in ("global_batch", "seed", "train_images"):
+        if found.state[name] != now[name]:
+            raise ValueError(
+                f"resume {found.folder}: {name}={now[name]}, the checkpoint has "
+                f"{found.state[name]}; use the same, or another training.checkpoint.path"
+            )
+    old = dict(_flatten(found.state["config"]))
+    new = dict(_flatten(json.loads(json.dumps(now["config"]))))
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+
+
+def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+
+
+def resume(run: Run) -> tuple[checkpoint.Checkpoint | None, dict[str, object]]:
+    """Load the newest complete checkpoint of the run folder, if there is one. Collective."""
+    found, rejected = checkpoint.find_newest(run.folder)
+    if found is None:
+        return None, {}
+    changed = check_resumable(run, found)
+    checkpoint.load(found, run.tensors())
+    sharding.install_weights(run.model)
+    return found, {"folder": str(found.folder), "rejected": rejected, "changed": changed}
+
+
+def open_folder(run: Run) -> None:
+    """Make the run folder and write what identifies the run. Rank 0 writes, the others wait."""
+    if run.world.is_main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(compose.to_yaml(run.config))
+        (run.folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    dist.barrier()
+
+
+def fit(run: Run, logbook: Logbook, *, start_step: int) -> tuple[Path, dict[str, float]]:
+    """Run updates `start_step` to the last; return the last checkpoint and its figures."""
+    t = run.config.training
+    batches = assemble.train_batches(run, start_step=start_step)
+    meter, total_s = Meter.start(run.world.device), 0.0
+    folder, figures = run.folder, dict[str, float]()
+    for done in range(start_step + 1, t.steps + 1):
+        train_step(run, batches, step=done - 1, meter=meter)
+        is_validating = done % t.val_interval == 0 or done == t.steps
+        is_saving = done % (t.checkpoint.interval or t.val_interval) == 0 or done == t.steps
+        if is_saving or is_validating or done % t.log_interval == 0:
+            total_s += meter.train_s
+            figures = read_meter(run, meter, step=done)
+            logbook.metrics("train", step=done, values=figures)
+            meter = Meter.start(run.world.device)
+        logbook.advance(loss=f"{figures.get('loss', math.nan):.3f}")
+        if is_validating:
+            figures |= validate(run)
+            logbook.metrics("val", step=done, values={key: figures[key] for key in VAL_FIGURES})
+        if is_saving:
+            figures["images_per_s"] = (done - start_step) * run.global_batch / total_s
+            folder = save(run, logbook, step=done, figures=figures)
+    return folder, figures
+
+
+def print_outcome(run: Run, folder: Path, figures: Mapping[str, object]) -> None:
+    """Print the run's last table: how good, how fast, where it is, what to type next."""
+    rows = {
+        "top-1": f"{figures['top1']:.2f} % of {figures['images']:.0f} validation images",
+        "top-5": f"{figures['top5']:.2f} %",
+        "validation loss": f"{figures['loss']:.4f}",
+        "speed": f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)",
+        "checkpoint": str(folder),
+        "log": f"{run.folder}/log.jsonl",
+        "next": "python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+        f"{shlex.quote(str(folder))} model.pt",
+    }
+    print_table(f"training is complete: {run.config.training.steps} steps", rows)
+
+
+def train(config: Config, world: World) -> None:
+    """Start or resume the run that `config` describes and train it to its last step."""
+    distributed.require_equal("config", compose.to_yaml(config))
+    run, choices = assemble.prepare(config, world)
+    open_folder(run)
+    found, resumed = resume(run)
+    t = config.training
+    logbook = Logbook(
+        run.folder,
+        is_main=world.is_main,
+        step=found.step if found else 0,
+        num_steps=t.steps,
+        tensorboard=t.tensorboard,
+        wandb_project=t.wandb.project,
+        wandb_mode=t.wandb.mode,
+    )
+    try:
+        logbook.event("run", **choices)
+        if found is not None:
+            logbook.event("resumed", step=found.step, **resumed)
+        if found is not None and found.step >= t.steps:
+            folder, figures = found.folder, found.metrics
+        else:
+            folder, figures = fit(run, logbook, start_step=found.step if found else 0)
+    finally:
+        logbook.close()
+    if world.is_main:
+        print_outcome(run, folder, figures)
+
+
+def parse(argv: list[str]) -> Config:
+    """Return the options of a command line; print and exit for --help and --print-config."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"Options, as name=value:\n\n{compose.options_table()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-name", "-cn", default="vit_tiny_patch8_64", metavar="NAME")
+    parser.add_argument("--config-dir", "-cd", type=Path, default=compose.CONFIG_DIR)
+    parser.add_argument("--print-config", action="store_true", help="print all options and exit")
+    parser.add_argument("overrides", nargs="*", metavar="name=value")
+    arguments = parser.parse_intermixed_args(argv)
+    config = compose.compose(
+        arguments.config_name, arguments.overrides, config_dir=arguments.config_dir
+    )
+    if arguments.print_config:
+        print(compose.to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; return the exit code and print one line for what a user did wrong."""
+    try:
+        config = parse(argv)
+        with distributed.process_group(
+            config.device, timeout_s=config.distributed.timeout_s
+        ) as world:
+            train(config, world)
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        rank, _, _ = distributed.launch_facts()
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        return EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_OPTIONS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
