@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import distributed
+import image_index
 import imagenet_dataset
 import layers
 import optim
 import sharding
 from distributed import World
-from imagenet_dataset import Batch, ImageIndex
+from image_index import ImageIndex
+from imagenet_dataset import Batch
 from schema import Config
 from sharding import Shard
 from vit import Block, VisionTransformer
@@ -90,11 +92,11 @@ def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     train_root = Path(config.dataset.train.root)
     val_root = Path(config.dataset.val.root or train_root)
     if world.local_rank == 0:
-        imagenet_dataset.unpack_archive(train_root)
+        image_index.unpack_archive(train_root)
     dist.barrier()
-    train_index = imagenet_dataset.index_images(train_root, "train")
-    val_index = imagenet_dataset.index_images(val_root, "val")
-    imagenet_dataset.check_same_classes(train_index, val_index)
+    train_index = image_index.index_images(train_root, "train")
+    val_index = image_index.index_images(val_root, "val")
+    image_index.check_same_classes(train_index, val_index)
     if len(train_index.classes) != config.model.vit.num_classes:
         raise ValueError(
             f"config model.vit.num_classes={config.model.vit.num_classes}: must be "

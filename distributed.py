@@ -8,7 +8,6 @@ Nothing here knows of models. This file and train.py are the only ones that read
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import resource
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from seeds import stable_seed
 
 T = TypeVar("T")
 
@@ -152,12 +153,6 @@ def build_meshes(*, dp_outer: int, dp_shard: int | None, ep: int, device: torch.
         init_device_mesh(device.type, (dp_outer, shard * ep, 1), mesh_dim_names=AXES),
         init_device_mesh(device.type, (dp_outer, shard, ep), mesh_dim_names=AXES),
     )
-
-
-def stable_seed(*parts: int | str) -> int:
-    """Return a 63-bit seed that is a pure function of `parts`, on every machine and version."""
-    text = ":".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def seed_step(seed: int, *, step: int, microbatch: int, rank: int) -> None:

@@ -6,10 +6,14 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import compose
 import distributed
 
 torch.set_num_threads(1)  # children are forked: no OpenMP pool may exist in this process
@@ -74,3 +78,36 @@ def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = 180) -> l
 def ranks() -> Callable:
     """The function `ranks(n, fn, *args)`: results of `fn(world, *args)` on n gloo ranks."""
     return run_ranks
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """An ImageFolder of 3 classes, 24 training and 7 validation images, 32 x 32 pixels of noise."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, per_class in (("train", [8, 8, 8]), ("val", [3, 2, 2])):
+        for number, count in enumerate(per_class):
+            folder = root / split / f"n{number:08d}"
+            folder.mkdir(parents=True)
+            for image in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{image}.JPEG")
+    return root
+
+
+@pytest.fixture
+def small_run(image_folder, tmp_path) -> Callable:
+    """`small_run(*overrides)`: options of a two-block ViT on `image_folder`, run in tmp_path."""
+    base = [
+        "model.vit.img_size=32",
+        "model.vit.num_classes=3",
+        "model.vit.embed_dim=36",
+        "model.vit.depth=2",
+        f"dataset.train.root={image_folder}",
+        "dataset.train.batch_size=5",
+        "dataset.val.batch_size=2",
+        "dataset.num_workers=0",
+        f"training.checkpoint.path={tmp_path / 'run'}",
+        "training.tensorboard=false",
+    ]
+    return lambda *overrides: compose.compose("vit_tiny_patch8_64", [*base, *overrides])

@@ -1,0 +1,44 @@
+# make train   train the default model on the bundled images (installs on first use; resumes)
+# make test    lint, types and tests (installs on first use)
+# make bench   the CPU benchmarks
+# make setup   only install, into .venv
+
+PYTHON ?= python3.11
+NPROC ?= 2
+ARGS ?=
+
+BIN := .venv/bin
+# One thread per rank: ranks share the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup train test lint bench clean
+
+setup: .venv/.train
+train: .venv/.train
+	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.train
+	$(BIN)/python -m benchmarks.train_step
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp per requirements file: an edited file installs again, an unchanged one costs nothing.
+.venv/.train: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.test: requirements-dev.txt .venv/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

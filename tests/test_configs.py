@@ -1,0 +1,393 @@
+"""Every recipe composes, and every mistake stops before the first step with one line."""
+
+import ast
+import dataclasses
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import assemble
+import compose
+import distributed
+import layers
+import schema
+import train
+import vit
+
+ROOT = compose.CONFIG_DIR.parent
+FILES = sorted(compose.CONFIG_DIR.glob("*.yaml"))
+NAMES = [path.stem for path in FILES]
+IMAGENET_IMAGES = 1_281_167
+SMALL = ["model.vit.depth=1", "model.vit.embed_dim=48", "device=cpu", "dataset.num_workers=0"]
+
+
+def head(name):
+    """The comment at the top of a recipe, as one string without the comment signs."""
+    lines = (compose.CONFIG_DIR / f"{name}.yaml").read_text().splitlines()
+    first = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:first])
+
+
+def command(text):
+    """The words of the first torchrun command in `text`, with 8 GPUs."""
+    start = text[text.index("torchrun") :].replace("\\\n", " ").splitlines()[0]
+    return shlex.split(start.replace("${NGPU}", "8"))
+
+
+def arguments(words):
+    return words[words.index("train.py") + 1 :]
+
+
+def built(name):
+    return assemble.build_model(compose.compose(name, []), backend="torch", on_meta=True)
+
+
+def refusal(overrides, name="vit_base_patch16_224"):
+    """The message that stops these overrides, where only the options and the model are needed."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        assemble.build_model(compose.compose(name, overrides), backend="torch", on_meta=True)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_there_is_a_recipe_of_every_size():
+    sizes = {"tiny_patch16", "small_patch16", "base_patch16", "large_patch16", "huge_patch14"}
+    assert {f"vit_{size}_224" for size in sizes} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_builds_and_comment_has_its_true_size(name):
+    model = built(name)
+    comment = head(name)
+    num_parameters, gflops = (
+        re.search(rf"([\d,.]+) {unit}\b", comment) for unit in ("parameters", "GFLOPs")
+    )
+    assert num_parameters, "the head comment must say: <number> parameters"
+    assert gflops, "the head comment must say: <number> GFLOPs"
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert int(num_parameters[1].replace(",", "")) == expected
+    assert float(gflops[1]) == pytest.approx(model.flops_per_image() / 1e9, abs=0.006)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_has_its_own_run_folder(name):
+    assert compose.compose(name, []).training.checkpoint.path == f"./ckpts/{name}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_224")])
+def test_comment_of_imagenet_recipe_is_true(name):
+    comment, config = head(name), compose.compose(name, [])
+    words = command(comment)
+    num_ranks = int(words[words.index("--nproc-per-node") + 1])
+    epochs, batch = map(int, re.search(r"(\d+) epochs at batch (\d+)", comment).groups())
+    per_rank = config.dataset.train.batch_size * config.training.grad_accum_steps
+    assert per_rank * num_ranks == batch
+    assert config.training.steps == pytest.approx(epochs * IMAGENET_IMAGES / batch, abs=1)
+    assert config.dataset.train.root == "data/imagenet"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "torchrun" in head(name)])
+def test_command_in_comment_starts_this_recipe(name):
+    words = command(head(name))
+    assert train.parse(arguments(words)).training.checkpoint.path == f"./ckpts/{name}"
+
+
+@pytest.mark.parametrize("number", range(train.__doc__.count("torchrun")))
+def test_command_in_usage_composes(number):
+    start = [match.start() for match in re.finditer("torchrun", train.__doc__)][number]
+    train.parse(arguments(shlex.split(" ".join(command(train.__doc__[start:])), comments=True)))
+
+
+def test_documented_launch_line_composes():
+    line = (
+        "torchrun --nproc-per-node ${NGPU} train.py --config-name vit_base_patch16_224 "
+        "distributed.dp_shard=${NGPU} training.checkpoint.path=./ckpts/vit"
+    )
+    config = train.parse(arguments(command(line)))
+    assert config.distributed.dp_shard == 8
+    assert config.training.checkpoint.path == "./ckpts/vit"
+
+
+def test_te_recipe_is_the_base_recipe_by_another_backend():
+    te, base = (compose.compose(f"vit_{name}_patch16_224", []) for name in ("te_base", "base"))
+    assert te.model.backend == "te"
+    assert dataclasses.replace(te.model, backend="auto") == base.model
+    assert (te.dataset, te.optimizer) == (base.dataset, base.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.vit.detph=3"], ["model.vit.detph", "no such option", "model.vit.depth"]),
+        (["bogus=1"], ["bogus", "no such option", "optimizer"]),
+        (["+model.vit.foo=1"], ["model.vit.foo", "no such option"]),
+        (["~optimizer"], ["optimizer", "~"]),
+        (["model.vit.depth=abc"], ["model.vit.depth", "abc", "Integer"]),
+        (["training.steps=1.5"], ["training.steps", "1.5", "Integer"]),
+        (["optimizer.betas=0.9"], ["optimizer.betas", "list"]),
+        (["optimizer.betas=[0.9,x]"], ["optimizer.betas[1]", "x", "Float"]),
+        (["model=foo"], ["model", "foo"]),
+        (["training.steps"], ["training.steps"]),
+        (["model.vit.depth=0"], ["model.vit.depth=0", "at least 1"]),
+        (["distributed.tp=2"], ["distributed.tp=2", "at most 1"]),
+        (["optimizer.lr=-1"], ["optimizer.lr=-1", "at least 0"]),
+        (["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
+        (["optimizer.min_lr=1"], ["optimizer.min_lr=1.0", "at most lr=0.001"]),
+        (["optimizer.warmup_steps=9", "training.steps=5"], ["warmup_steps=9", "training.steps=5"]),
+        (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "2 values"]),
+        (["optimizer.name=lamb"], ["optimizer.name=lamb", "adamw, sgd"]),
+        (["dataset.train.crop_scale=[1,0.5]"], ["crop_scale=[1.0, 0.5]", "[lowest, highest]"]),
+        (["dataset.std=[0,0,0]"], ["dataset.std=0.0", "at least 1e-06"]),
+        (["device=tpu"], ["device=tpu", "auto, cpu, cuda"]),
+        (["fsdp.zero_dp_strategy=7"], ["fsdp.zero_dp_strategy=7", "0, 1, 2, 3"]),
+        (["fsdp.zero_dp_strategy=all"], ["fsdp.zero_dp_strategy=all", "optim_grads_params"]),
+        (["fsdp.zero_dp_strategy=true"], ["fsdp.zero_dp_strategy", "True"]),
+        (["fsdp.outer_dp_sharding_strategy=optim"], ["=optim", "distributed.dp_outer > 1"]),
+        (
+            ["model.te_fp8=delayed", "model.backend=torch"],
+            ["model.te_fp8=delayed", "backend=torch"],
+        ),
+        (["model.te_fp8=mx"], ["model.te_fp8=mx", "null, delayed, current"]),
+        (["model.vit.img_size=220"], ["model.vit.img_size=220", "patch_size=16", "208 or 224"]),
+        (["model.vit.img_size=[224,220]"], ["model.vit.img_size", "220", "patch_size=16"]),
+        (["model.vit.img_size=big"], ["model.vit.img_size=big", "[height, width]"]),
+        (["model.vit.num_heads=5"], ["model.vit.num_heads=5", "embed_dim=768"]),
+        (["model.vit.global_pool=sum"], ["model.vit.global_pool='sum'", "token", "avg"]),
+        (["model.vit.pos_embed=rope"], ["model.vit.pos_embed=rope", "learn, none"]),
+        (["model.vit.in_chans=1"], ["model.vit.in_chans=1", "3"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value[0], str) else None,
+)
+def test_mistake_is_named_with_value_and_what_is_allowed(overrides, parts):
+    message = refusal(overrides)
+    assert message.startswith("config")
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_missing_recipe_lists_those_there_are():
+    message = refusal([], name="vit_giant")
+    assert "vit_giant.yaml" in message
+    assert all(name in message for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("defaults: [schema, _self_]\nmodel: {vit: {detph: 3}}\n", ["model.vit.detph"]),
+        ("defaults: [schema, _self_]\nmodel: {vit: {depth: x}}\n", ["model.vit.depth", "Integer"]),
+        ("defaults: [schema, other, _self_]\n", ["other"]),
+        ("defaults: [schema, _self_]\nmodel: {vit: [\n", ["mine.yaml"]),
+        ("model: {vit: {depth: 3}}\n", ["mine", "schema"]),
+    ],
+    ids=["unknown key", "wrong type", "unknown default", "broken YAML", "no schema"],
+)
+def test_mistake_in_a_file_is_one_line(tmp_path, text, parts):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match="config") as caught:
+        compose.compose("mine", [], config_dir=tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+def _refused_by_prepare(world, overrides):
+    """The message of `assemble.prepare`, which is all that runs before the first step."""
+    config = compose.compose("vit_tiny_patch8_64", [*SMALL, *overrides])
+    try:
+        assemble.prepare(config, world)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    return "prepared"
+
+
+def make_dataset(root, *, num_classes):
+    """A dataset of one image per class and split."""
+    for split in ("train", "val"):
+        for label in range(num_classes):
+            path = root / split / f"n{label:08}" / "image.JPEG"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (64, 64), (label, 0, 0)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["distributed.dp_shard=3"],
+            ["dp_outer=1 * dp_shard=3 * ep=1 = 3", "world size 2"],
+        ),
+        (["distributed.dp_outer=3"], ["dp_outer=3", "world size 2"]),
+        (["dataset.train.root=./missing"], ["dataset", "missing", "allowed"]),
+        (["model.backend=te"], ["model.backend=te", "device is cpu", "auto"]),
+        (["model.te_fp8=delayed"], ["model.te_fp8=delayed", "needs backend te"]),
+    ],
+    ids=lambda value: value[0] if len(value) == 1 else None,
+)
+def test_mistake_that_only_a_run_shows_is_one_line_on_every_rank(ranks, overrides, parts):
+    messages = ranks(2, _refused_by_prepare, overrides)
+    for message in messages:
+        assert message.startswith("config")
+        assert "\n" not in message
+        assert [part for part in parts if part not in message] == [], message
+
+
+def test_number_of_classes_must_be_that_of_the_dataset(ranks, tmp_path):
+    make_dataset(tmp_path, num_classes=2)
+    (message,) = ranks(1, _refused_by_prepare, [f"dataset.train.root={tmp_path}"])
+    assert "config model.vit.num_classes=5: must be 2" in message
+    assert str(tmp_path) in message
+
+
+def test_dataset_with_the_right_classes_is_prepared(ranks, tmp_path):
+    make_dataset(tmp_path, num_classes=5)
+    assert ranks(1, _refused_by_prepare, [f"dataset.train.root={tmp_path}"]) == ["prepared"]
+
+
+def _require_equal_message(world):
+    text = compose.to_yaml(compose.compose("vit_tiny_patch8_64", [f"training.seed={world.rank}"]))
+    try:
+        distributed.require_equal("config", text)
+    except ValueError as error:
+        return str(error)
+    return "equal"
+
+
+def test_options_that_differ_between_ranks_are_one_line(ranks):
+    for message in ranks(2, _require_equal_message):
+        assert "\n" not in message
+        assert "seed: 1" in message
+
+
+def test_missing_transformer_engine_ends_the_command_with_one_line(monkeypatch, capsys):
+    def no_engine():
+        raise ImportError("config model.backend=te: no such library")
+
+    monkeypatch.setattr(layers, "transformer_engine", no_engine)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(train, "parse", lambda _: layers.resolve_backend("te", cuda))
+    assert train.main([]) == train.EXIT_OPTIONS
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config model.backend=te" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["model.vit.detph=3"], "config model.vit.detph: no such option"),
+        (["--config-name", "vit_giant"], "vit_giant.yaml: not found"),
+        (["device=cpu", "dataset.train.root=./missing"], "missing"),
+    ],
+    ids=["unknown option", "unknown recipe", "missing dataset"],
+)
+def test_command_line_ends_with_code_2_and_one_line(words, part, tmp_path):
+    words = [*words, f"training.checkpoint.path={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error")
+    assert part in line
+
+
+def test_vit_options_are_the_arguments_of_the_model():
+    parameters = inspect.signature(vit.VisionTransformer).parameters
+    theirs = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in ("backend", "ffn", "seed")
+    }
+    assert dataclasses.asdict(schema.ViTOptions()) == theirs
+
+
+def options():
+    return [(name, field.metadata) for name, field, _ in schema.walk(schema.Config())]
+
+
+def test_every_option_has_a_meaning():
+    assert [name for name, metadata in options() if not metadata["doc"].strip()] == []
+
+
+def test_every_default_is_in_range():
+    assert schema.validate(schema.Config()) == schema.Config()
+
+
+def dotted(node, aliases):
+    """`run.config.optimizer.lr` of an attribute chain, its first name replaced by its alias."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value, aliases)}.{node.attr}"
+    return aliases.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+
+
+def options_read(source):
+    """Every option below `config` that the functions of `source` read, seen through aliases."""
+    found = set()
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        aliases = {}
+        for node in ast.walk(function):
+            if not isinstance(node, ast.Assign):
+                continue
+            names, values = (
+                item.elts if isinstance(item, ast.Tuple) else [item]
+                for item in (node.targets[0], node.value)
+            )
+            for name, value in zip(names, values, strict=False):
+                if isinstance(name, ast.Name) and isinstance(value, ast.Attribute):
+                    aliases[name.id] = dotted(value, aliases)
+        chains = {dotted(node, aliases) for node in ast.walk(function)}
+        found |= {chain.partition("config.")[2] for chain in chains if "config." in chain}
+    return found
+
+
+def test_reading_through_an_alias_is_seen():
+    source = (
+        "def f(run):\n    o, t = run.config.optimizer, run.config.training\n    g(o.lr, t.x.y)\n"
+    )
+    assert {"optimizer.lr", "training.x.y"} <= options_read(source)
+    assert "optimizer.eps" not in options_read(source)
+
+
+def test_no_option_is_dead():
+    read = {
+        name for path in ROOT.glob("*.py") for name in options_read(Path(path).read_text("utf-8"))
+    }
+    # The model's options are its arguments; an option with one allowed value has nothing to say.
+    dead = [
+        name
+        for name, metadata in options()
+        if name not in read
+        and not name.startswith("model.vit.")
+        and (metadata["low"] is None or metadata["low"] != metadata["high"])
+    ]
+    assert dead == []
+
+
+def test_no_model_option_is_dead():
+    body = (ROOT / "vit.py").read_text("utf-8") + (ROOT / "vit_options.py").read_text("utf-8")
+    read = {node.attr for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Attribute)}
+    # What VitOptions does not hold, the constructor passes on by name.
+    read |= {
+        node.value.id
+        for node in ast.walk(ast.parse(body))
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Name)
+    }
+    names = [field.name for field in dataclasses.fields(schema.ViTOptions)]
+    # num_heads and its like reach a rate or size through a property: every name must be read.
+    assert [name for name in names if name not in read] == []

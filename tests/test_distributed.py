@@ -1,0 +1,104 @@
+"""Launching, meshes, seeds and decisions taken together."""
+
+import pytest
+import torch
+
+import distributed
+
+CPU = torch.device("cpu")
+
+
+def test_without_torchrun_it_is_one_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with distributed.process_group("cpu", timeout_s=10) as world:
+        assert (world.rank, world.size, world.device, world.is_main) == (0, 1, CPU, True)
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_group_is_left_after_an_error(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(KeyError), distributed.process_group("cpu", timeout_s=10):
+        raise KeyError
+    assert not torch.distributed.is_initialized()
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="environment WORLD_SIZE, LOCAL_RANK: not set"):
+        distributed.launch_facts()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_cuda_that_is_missing_is_refused_and_auto_takes_the_cpu():
+    with pytest.raises(ValueError, match=r"config device=cuda: local rank 0 has no CUDA device, 0"):
+        distributed.pick_device("cuda", 0)
+    assert distributed.pick_device("auto", 0) == CPU
+
+
+@pytest.mark.parametrize(
+    ("world_size", "axes", "dense", "expert"),
+    [
+        (4, {"dp_outer": 1, "dp_shard": None, "ep": 1}, (1, 4, 1), (1, 4, 1)),
+        (4, {"dp_outer": 2, "dp_shard": None, "ep": 1}, (2, 2, 1), (2, 2, 1)),
+        (4, {"dp_outer": 1, "dp_shard": 2, "ep": 2}, (1, 4, 1), (1, 2, 2)),
+    ],
+)
+def test_meshes_have_the_shapes_of_the_design(ranks, world_size, axes, dense, expert):
+    def shapes(world):
+        meshes = distributed.build_meshes(**axes, device=CPU)
+        return tuple(meshes.dense.shape), tuple(meshes.expert.shape), meshes.dp_outer, meshes.ep
+
+    assert ranks(world_size, shapes)[0] == (dense, expert, axes["dp_outer"], axes["ep"])
+
+
+def test_a_mesh_that_is_not_the_world_is_refused_with_its_product(ranks):
+    def refused(world):
+        with pytest.raises(
+            ValueError,
+            match=r"dp_outer=1 \* dp_shard=3 \* ep=1 = 3, must equal the world size 2",
+        ):
+            distributed.build_meshes(dp_outer=1, dp_shard=3, ep=1, device=CPU)
+        with pytest.raises(ValueError, match=r"dp_outer=4 \* dp_shard=0 \* ep=1 = 0, must equal"):
+            distributed.build_meshes(dp_outer=4, dp_shard=None, ep=1, device=CPU)
+
+    ranks(2, refused)
+
+
+def test_rank_0_decides_and_differences_are_named(ranks):
+    def decide(world):
+        chosen = distributed.from_main(f"choice of {world.rank}")
+        distributed.require_equal("config", "same")
+        with pytest.raises(
+            ValueError, match="config differs between ranks: rank 0: a0; rank 1: a1"
+        ):
+            distributed.require_equal("config", f"a{world.rank}")
+        return chosen
+
+    assert ranks(2, decide) == ["choice of 0"] * 2
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {
+        distributed.stable_seed(*parts) for parts in [(0, 1), (1, 0), (0, "1x"), (0,), ("01",)]
+    }
+    assert len(seeds) == 5
+    assert distributed.stable_seed(0, "step") == distributed.stable_seed(0, "step")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("Some other device", None),
+    ],
+)
+def test_peak_is_known_by_device_name(monkeypatch, name, peak):
+    monkeypatch.setattr(distributed, "device_name", lambda _: name)
+    assert distributed.peak_tflops(CPU, None) == peak
+    assert distributed.peak_tflops(CPU, 5.0) == 5.0

@@ -1,0 +1,346 @@
+import io
+import itertools
+import os
+import pickle
+import random
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from image_index import index_images
+from imagenet_dataset import (
+    NOT_COUNTED,
+    TrainImages,
+    decode_rgb,
+    epoch_permutation,
+    load_image,
+    step_positions,
+    train_loader,
+    train_transform,
+    val_loader,
+    val_transform,
+)
+from tests.images import folder_dataset, write_image
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+AUGMENT = train_transform(
+    img_size=(8, 8),
+    scale=(0.2, 1.0),
+    ratio=(0.75, 1.33),
+    hflip=0.5,
+    color_jitter=0.4,
+    interpolation="bicubic",
+    mean=MEAN,
+    std=STD,
+)
+PLAIN = val_transform(img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=MEAN, std=STD)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return folder_dataset(tmp_path / "data")
+
+
+def train_batches(index, **changes):
+    values = {
+        "transform": AUGMENT,
+        "batch_size": 3,
+        "grad_accum_steps": 2,
+        "start_step": 0,
+        "num_steps": 4,
+        "rank": 0,
+        "world": 1,
+        "seed": 5,
+        "num_workers": 0,
+        "pin_memory": False,
+    }
+    return train_loader(index, **{**values, **changes})
+
+
+def val_batches(index, **changes):
+    values = {"transform": PLAIN, "batch_size": 2, "rank": 0, "world": 1}
+    return val_loader(index, **{**values, "num_workers": 0, "pin_memory": False, **changes})
+
+
+def assert_same(batches, others):
+    batches, others = list(batches), list(others)
+    assert len(batches) == len(others) > 0
+    for batch, other in zip(batches, others, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+
+
+def test_step_positions_partition_each_step_for_any_world():
+    for world, accum, batch in ((1, 1, 12), (2, 3, 2), (3, 2, 2), (4, 1, 3)):
+        for step in (0, 5):
+            seen = [
+                position
+                for microbatch in range(accum)
+                for rank in range(world)
+                for position in step_positions(
+                    step, microbatch=microbatch, rank=rank, world=world, batch=batch, accum=accum
+                )
+            ]
+            assert seen == list(range(step * 12, step * 12 + 12))
+
+
+def test_epoch_visits_each_image_once_and_epochs_differ(root):
+    index = index_images(root, "train")
+    dataset = TrainImages(index, transform=PLAIN, seed=3)
+    keys = [dataset[position][0].numpy().tobytes() for position in range(22)]
+    assert len(set(keys[:11])) == 11
+    assert set(keys[:11]) == set(keys[11:])
+    assert keys[:11] != keys[11:]
+
+
+def test_order_depends_on_the_seed_and_not_on_the_global_rng():
+    first = epoch_permutation(100, seed=1, epoch=0)
+    torch.manual_seed(99)
+    assert torch.equal(first, epoch_permutation(100, seed=1, epoch=0))
+    assert not torch.equal(first, epoch_permutation(100, seed=2, epoch=0))
+
+
+def test_order_is_the_same_in_every_version():
+    # A recorded value: a change here silently changes what every resumed run sees.
+    assert epoch_permutation(8, seed=0, epoch=0).tolist() == [1, 4, 6, 7, 2, 0, 5, 3]
+
+
+def test_dataset_keeps_two_permutations(root):
+    dataset = TrainImages(index_images(root, "train"), transform=PLAIN, seed=3)
+    for position in (0, 11, 22, 33):
+        dataset[position]
+    assert list(dataset._permutations) == [2, 3]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_steps_see_the_same_images_at_any_world(root, world):
+    index = index_images(root, "train")
+    changes = {"grad_accum_steps": 2, "num_steps": 3}
+    single = list(train_batches(index, batch_size=6, **changes))
+    ranks = [
+        list(train_batches(index, batch_size=6 // world, rank=rank, world=world, **changes))
+        for rank in range(world)
+    ]
+    for number, batch in enumerate(single):
+        parts = [rank[number] for rank in ranks]
+        for field in range(3):
+            assert torch.equal(batch[field], torch.cat([part[field] for part in parts]))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_no_bit(root, num_workers):
+    index = index_images(root, "train")
+    assert_same(train_batches(index), train_batches(index, num_workers=num_workers))
+
+
+@pytest.mark.parametrize("start_step", [1, 3])
+def test_resume_equals_the_tail(root, start_step):
+    index = index_images(root, "train")
+    tail = list(train_batches(index))[2 * start_step :]
+    assert_same(tail, train_batches(index, start_step=start_step))
+
+
+def test_train_loader_counts_microbatches_and_types(root):
+    loader = train_batches(index_images(root, "train"), start_step=1)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 6
+    assert batches[0].image_BCHW.shape == (3, 3, 8, 8)
+    assert batches[0].image_BCHW.dtype == torch.float32
+    assert batches[0].image_BCHW.is_contiguous()
+    assert batches[0].label_B.dtype == batches[0].position_B.dtype == torch.int64
+    assert torch.cat([b.position_B for b in batches]).tolist() == list(range(6, 24))
+
+
+def test_augmentation_differs_between_epochs_seeds_and_images(root):
+    index = index_images(root, "train")
+    for path in index.paths[1:]:
+        (index.root / path).write_bytes((index.root / index.paths[0]).read_bytes())
+    images = [TrainImages(index, transform=AUGMENT, seed=5)[p][0] for p in range(22)]
+    images.append(TrainImages(index, transform=AUGMENT, seed=6)[0][0])
+    assert len({image.numpy().tobytes() for image in images}) == 23
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_leaves_the_rng_of_the_main_process_alone(root, num_workers):
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    list(train_batches(index_images(root, "train"), num_workers=num_workers))
+    list(val_batches(index_images(root, "val"), num_workers=num_workers))
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_augmentation_never_touches_the_cuda_rng(root, monkeypatch):
+    def refuse(*_args):
+        raise AssertionError("the seed of the CUDA generators was changed")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    list(train_batches(index_images(root, "train")))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 9])
+def test_validation_counts_each_image_once_with_equal_batches(root, world):
+    index = index_images(root, "val")
+    ranks = [list(val_batches(index, rank=rank, world=world)) for rank in range(world)]
+    sizes = {tuple(len(batch.label_B) for batch in batches) for batches in ranks}
+    assert len(sizes) == 1
+    counted = [
+        (position, label)
+        for batch in itertools.chain(*ranks)
+        for position, label in zip(batch.position_B.tolist(), batch.label_B.tolist(), strict=True)
+        if label != NOT_COUNTED
+    ]
+    assert sorted(counted) == list(enumerate(index.labels))
+
+
+def test_validation_workers_change_no_bit_and_survive_a_second_pass(root):
+    index = index_images(root, "val")
+    loader = val_batches(index, num_workers=2)
+    assert_same(val_batches(index), loader)
+    assert_same(val_batches(index), loader)
+
+
+def report_process(_image):
+    return torch.tensor([torch.get_num_threads(), os.getpgid(0), os.getpid()])
+
+
+def test_workers_use_one_thread_and_leave_the_process_group(root):
+    batches = val_batches(index_images(root, "val"), transform=report_process, num_workers=1)
+    threads, group, process = next(iter(batches)).image_BCHW[0].tolist()
+    assert threads == 1
+    assert group == process != os.getpgid(0)
+
+
+def test_everything_workers_get_can_be_pickled_for_spawn(root):
+    loader = train_batches(index_images(root, "train"))
+    parts = (loader.dataset, loader.collate_fn, loader.worker_init_fn)
+    dataset = pickle.loads(pickle.dumps(parts))[0]
+    assert torch.equal(dataset[3][0], loader.dataset[3][0])
+
+
+def test_exit_in_mid_epoch_does_not_hang(root):
+    script = (
+        "import sys, test_imagenet_dataset as t\n"
+        "index = t.index_images(t.Path(sys.argv[1]), 'train')\n"
+        "loader = t.train_batches(index, num_workers=1, num_steps=100)\n"
+        "batches = iter(loader)\n"
+        "next(batches)\n"
+    )
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
+    subprocess.run([sys.executable, "-c", script, str(root)], env=env, check=True, timeout=60)
+
+
+def normalised(image):
+    pixels = torch.from_numpy(np.array(image).copy()).permute(2, 0, 1).double() / 255
+    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in (MEAN, STD))
+    return ((pixels - mean) / std).float()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 8)])
+def test_validation_does_not_resample_images_of_the_right_size(tmp_path, size):
+    write_image(tmp_path / "a.png", size=size)
+    image = decode_rgb(tmp_path / "a.png")
+    transform = val_transform(
+        img_size=size[::-1], crop_ratio=1.0, interpolation="bicubic", mean=MEAN, std=STD
+    )
+    torch.testing.assert_close(transform(image), normalised(image), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (33, 33), (9, 50)])
+def test_validation_equals_torchvision_resize_and_centre_crop(tmp_path, size):
+    write_image(tmp_path / "a.png", size=size)
+    image = decode_rgb(tmp_path / "a.png")
+    ours = val_transform(
+        img_size=(16, 16), crop_ratio=0.875, interpolation="bicubic", mean=MEAN, std=STD
+    )
+    bicubic = transforms.InterpolationMode.BICUBIC
+    theirs = transforms.Compose([transforms.Resize(18, bicubic), transforms.CenterCrop(16)])
+    torch.testing.assert_close(ours(image), normalised(theirs(image)), atol=1e-6, rtol=0)
+
+
+def test_validation_of_a_rectangle_never_pads(tmp_path):
+    white = Image.new("RGB", (50, 13), "white")
+    transform = val_transform(
+        img_size=(8, 20), crop_ratio=0.9, interpolation="bilinear", mean=MEAN, std=STD
+    )
+    image_CHW = transform(white)
+    assert image_CHW.shape == (3, 8, 20)
+    assert (image_CHW > 0).all(), "a padded border would be black"
+
+
+def test_train_transform_equals_torchvision_with_the_same_draws(tmp_path):
+    write_image(tmp_path / "a.png", size=(30, 20))
+    image = decode_rgb(tmp_path / "a.png")
+    bicubic = transforms.InterpolationMode.BICUBIC
+    theirs = transforms.Compose(
+        [
+            transforms.RandomResizedCrop((8, 8), (0.2, 1.0), (0.75, 1.33), bicubic),
+            transforms.RandomHorizontalFlip(0.5),
+            transforms.ColorJitter(0.4, 0.4, 0.4),
+        ]
+    )
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            ours = AUGMENT(image)
+            torch.manual_seed(seed)
+            torch.testing.assert_close(ours, normalised(theirs(image)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "LA"])
+def test_every_png_mode_becomes_rgb(tmp_path, mode):
+    write_image(tmp_path / "a.png", mode=mode)
+    assert decode_rgb(tmp_path / "a.png").mode == "RGB"
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path):
+    write_image(tmp_path / "a.JPEG", mode="CMYK")
+    assert decode_rgb(tmp_path / "a.JPEG").mode == "RGB"
+
+
+def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    pixels = np.array(decode_rgb(tmp_path / "a.png"))
+    assert pixels[0, :, 0].tolist() == pixels[0, :, 2].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_damaged_png_behind_a_jpeg_suffix_is_read_or_named(root):
+    index = index_images(root, "train")
+    write_image(root / "p.png")
+    (index.root / index.paths[4]).write_bytes((root / "p.png").read_bytes())
+    assert load_image(index, 4).mode == "RGB"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "gone"])
+def test_unreadable_image_is_named(root, damage, num_workers):
+    index = index_images(root, "val")
+    path = index.root / index.paths[0]
+    content = {"empty": b"", "truncated": path.read_bytes()[:-200], "text": b"hello"}
+    path.unlink() if damage == "gone" else path.write_bytes(content[damage])
+    size = "no such file" if damage == "gone" else f"{len(content[damage])} bytes"
+    with pytest.raises(ValueError, match=rf"dataset\.val: image 0, .*JPEG \({size}\): cannot"):
+        list(val_batches(index, num_workers=num_workers))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_500, 20_000])
+def test_decompression_bomb_is_an_error_before_it_is_decoded(root, side):
+    index = index_images(root, "val")
+    header = io.BytesIO()
+    Image.new("1", (8, 8)).save(header, "PNG")
+    raw = bytearray(header.getvalue())
+    raw[16:24] = side.to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+    (index.root / index.paths[0]).write_bytes(raw)
+    with pytest.raises(ValueError, match=r"image 0, .* pixels"):
+        load_image(index, 0)

@@ -1,0 +1,74 @@
+"""Learning rate in closed form, and decay groups equal to timm's."""
+
+import math
+
+import pytest
+import torch
+from timm.models import VisionTransformer as VisionTransformerOfTimm
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+
+import optim
+from vit import VisionTransformer
+
+SCHEDULE = {"peak": 1e-3, "final": 1e-5, "warmup_steps": 10, "num_steps": 110}
+
+
+def test_lr_warms_up_linearly_and_ends_on_a_cosine():
+    lrs = [optim.lr_at(step, **SCHEDULE) for step in range(111)]
+    assert lrs[0] == pytest.approx(1e-4)
+    assert lrs[9] == lrs[10] == 1e-3
+    assert lrs[60] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert lrs[110] == pytest.approx(1e-5)
+    assert lrs[35] == pytest.approx(1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert sorted(lrs[:10]) == lrs[:10]
+    assert sorted(lrs[10:], reverse=True) == lrs[10:]
+
+
+def test_lr_without_warmup_starts_at_the_peak():
+    assert optim.lr_at(0, peak=1.0, final=0.0, warmup_steps=0, num_steps=10) == 1.0
+
+
+def test_lr_equals_timm_after_the_warmup():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    scheduler = CosineLRScheduler(
+        torch.optim.SGD([parameter], lr=1e-3), t_initial=100, lr_min=1e-5, t_in_epochs=False
+    )
+    for step in range(100):
+        ours = optim.lr_at(step, peak=1e-3, final=1e-5, warmup_steps=0, num_steps=100)
+        assert ours == pytest.approx(scheduler._get_lr(step)[0])
+
+
+def test_decay_groups_equal_timm():
+    options = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "reg_tokens": 2}
+    options |= {"qk_norm": True, "init_values": 0.1, "global_pool": "map"}
+    theirs = VisionTransformerOfTimm(**options)
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    groups = param_groups_weight_decay(theirs, 0.1, no_weight_decay_list=theirs.no_weight_decay())
+    expected = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in groups
+        for parameter in group["params"]
+    }
+    # timm's list leaves the register tokens and the pool's latent out; a token is a token.
+    expected["reg_token"] = 0.0
+    ours = VisionTransformer(**options)
+    names = {id(parameter): name for name, parameter in ours.named_parameters()}
+    found = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in optim.parameter_groups(ours.named_parameters(), weight_decay=0.1)
+        for parameter in group["params"]
+    }
+    assert found == expected
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = torch.nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    groups = optim.parameter_groups(model.named_parameters(), weight_decay=0.1)
+    assert [group["params"] for group in groups] == [[model.bias]]
+
+
+def test_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.name=lion: must be one of adamw, sgd"):
+        optim.build_optimizer("lion", [], betas=(0.9, 0.999), eps=1e-8, momentum=0.9)

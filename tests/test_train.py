@@ -1,0 +1,280 @@
+"""The loop: exact resume, honest validation, refusals before the first step."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.nn import functional as F
+
+import assemble
+import checkpoint
+import sharding
+import train
+from imagenet_dataset import NOT_COUNTED
+
+# Dropout of every kind, a decaying learning rate, and steps that cross the edges of epochs:
+# 12 steps of 2 ranks x 2 microbatches x 5 images are 10 epochs of 24.
+RESUME = [
+    "training.steps=12",
+    "training.val_interval=7",
+    "training.grad_accum_steps=2",
+    "training.label_smoothing=0.1",
+    "model.vit.drop_rate=0.1",
+    "model.vit.proj_drop_rate=0.1",
+    "model.vit.attn_drop_rate=0.1",
+    "model.vit.pos_drop_rate=0.1",
+    "model.vit.drop_path_rate=0.2",
+    "optimizer.warmup_steps=3",
+    "dataset.train.color_jitter=0.3",
+]
+
+
+def digest(tree) -> str:
+    """One hash over every name, dtype, shape and byte of a nested state dict's local tensors."""
+    flat, _ = flatten_state_dict(dict(tree))
+    hasher = hashlib.sha256()
+    for name in sorted(flat):
+        tensor = flat[name]
+        local = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+        hasher.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
+        hasher.update(local.detach().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def train_and_watch(world, config, stop_before):
+    """Train; return what each step saw and the digest at the end, or die before a step."""
+    seen = []
+    real_step, real_fit = train.train_step, train.fit
+    final = []
+
+    def step_and_note(run, batches, *, step, meter):
+        if step == stop_before:
+            os._exit(9)
+        noted = [next(batches) for _ in range(config.training.grad_accum_steps)]
+        real_step(run, iter(noted), step=step, meter=meter)
+        pixels = hashlib.sha256(b"".join(b.image_BCHW.numpy().tobytes() for b in noted)).hexdigest()
+        positions = [p for b in noted for p in b.position_B.tolist()]
+        seen.append((step, positions, pixels, run.optimizer.param_groups[0]["lr"]))
+
+    def fit_and_keep(run, logbook, *, start_step):
+        outcome = real_fit(run, logbook, start_step=start_step)
+        final.append(digest(run.tensors()))
+        return outcome
+
+    train.train_step, train.fit = step_and_note, fit_and_keep
+    train.train(config, world)
+    return seen, final
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stop_after_7_of_12_steps_and_resume_is_12_steps_bit_for_bit(
+    ranks, small_run, tmp_path, workers
+):
+    options = [*RESUME, f"dataset.num_workers={workers}"]
+    whole = small_run(*options, f"training.checkpoint.path={tmp_path / 'whole'}")
+    parted = small_run(*options, f"training.checkpoint.path={tmp_path / 'parted'}")
+    uninterrupted = ranks(2, train_and_watch, whole, None)
+    with pytest.raises(pytest.fail.Exception, match="died"):
+        ranks(2, train_and_watch, parted, 7)
+    resumed = ranks(2, train_and_watch, parted, None)
+    for (seen, final), (seen_after, final_after) in zip(uninterrupted, resumed, strict=True):
+        assert [step for step, *_ in seen_after] == [7, 8, 9, 10, 11]
+        assert seen_after == seen[7:], "same images, same pixels, same learning rates"
+        assert final_after == final, "same weights and optimizer state"
+
+
+def test_dropout_differs_between_steps_ranks_and_microbatches(ranks, small_run):
+    def draws(world):
+        import distributed
+
+        values = []
+        for step in (0, 1):
+            for microbatch in (0, 1):
+                distributed.seed_step(0, step=step, microbatch=microbatch, rank=world.rank)
+                values.append(torch.rand(()).item())
+        return values
+
+    values = [value for rank_values in ranks(2, draws) for value in rank_values]
+    assert len(set(values)) == len(values) == 8
+
+
+def validate_small(world, config):
+    run, _ = assemble.prepare(config, world)
+    # A head with large weights, so that predictions differ between images.
+    with torch.no_grad():
+        for shard in run.shards:
+            if shard.name == "head.weight":
+                shard.local.mul_(50)
+    sharding.install_weights(run.model)
+    counted = [int((batch.label_B != NOT_COUNTED).sum()) for batch in assemble.val_batches(run)]
+    return train.validate(run), sum(counted)
+
+
+def test_validation_counts_each_image_once_at_any_world_size(ranks, small_run):
+    config = small_run()
+    figures = {}
+    for world_size in (1, 2, 3):
+        results = ranks(world_size, validate_small, config)
+        assert sum(count for _, count in results) == 7
+        assert all(result == results[0][0] for result, _ in results), "ranks agree"
+        figures[world_size] = results[0][0]
+    for world_size in (2, 3):
+        assert figures[world_size]["images"] == 7
+        assert figures[world_size]["top1"] == figures[1]["top1"]
+        assert figures[world_size]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-6)
+
+
+def test_validation_figures_equal_a_plain_loop(ranks, small_run):
+    config = small_run()
+    figures, _ = ranks(1, validate_small, config)[0]
+
+    def plain(world):
+        run, _ = assemble.prepare(config, world)
+        model = assemble.build_model(config, backend="torch", on_meta=False).eval()
+        with torch.no_grad():
+            model.head.weight.mul_(50)
+            batches = list(assemble.val_batches(run))
+            logits_BY = torch.cat([model(batch.image_BCHW) for batch in batches])
+        label_B = torch.cat([batch.label_B for batch in batches])
+        top1 = (logits_BY.argmax(1) == label_B).double().mean().item()
+        return 100 * top1, F.cross_entropy(logits_BY, label_B).item()
+
+    top1, loss = ranks(1, plain)[0]
+    assert figures["top1"] == pytest.approx(top1)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["top5"] == 100, "three classes"
+
+
+def train_and_answer(world, config):
+    """Train and return the logits of the sharded model on fixed images."""
+    train.train(config, world)
+    run, _ = assemble.prepare(config, world)
+    train.resume(run)
+    run.model.eval()
+    image_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return run.model(image_BCHW)
+
+
+def test_dcp_to_torch_gives_the_unsharded_model(ranks, small_run, tmp_path):
+    config = small_run("training.steps=3", "training.val_interval=2")
+    sharded_logits = ranks(2, train_and_answer, config)[0]
+    folder = max((tmp_path / "run").glob("step_3_*"))
+    command = ["-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
+    subprocess.run([sys.executable, *command, folder, tmp_path / "out.pt"], check=True)
+    content = torch.load(tmp_path / "out.pt", weights_only=True)
+    model = assemble.build_model(config, backend="torch", on_meta=False).eval()
+    model.load_state_dict(content["model"], strict=True)
+    other = assemble.build_model(config, backend="torch", on_meta=False).eval()
+    checkpoint.load_torch_checkpoint(tmp_path / "out.pt", other)
+    image_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(image_BCHW), sharded_logits)
+        assert torch.equal(model(image_BCHW), other(image_BCHW))
+
+
+def test_a_complete_run_says_so_and_trains_no_further(ranks, small_run, tmp_path, capfd):
+    config = small_run("training.steps=2")
+    ranks(1, lambda world: train.train(config, world))
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    capfd.readouterr()
+    ranks(1, lambda world: train.train(config, world))
+    assert "training is complete: 2 steps" in capfd.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.seed=1", r"seed=1, the checkpoint has 0"),
+        ("dataset.train.batch_size=4", r"global_batch=4, the checkpoint has 5"),
+        ("model.vit.depth=3", r"missing model.blocks.2.attn"),
+        ("model.vit.embed_dim=72", r"cls_token is \(1, 1, 36\) torch.float32, the model has"),
+        ("model.vit.pre_norm=true", r"missing model.norm_pre.weight"),
+        ("optimizer.name=sgd", r"unexpected optimizer.*exp_avg"),
+    ],
+)
+def test_resume_refuses_what_would_not_continue_the_run(ranks, small_run, change, message):
+    ranks(1, lambda world: train.train(small_run("training.steps=1"), world))
+
+    def refused(world):
+        with pytest.raises(ValueError, match=message):
+            train.train(small_run("training.steps=2", change), world)
+
+    ranks(1, refused)
+
+
+def test_log_has_the_run_its_choices_and_every_figure(ranks, small_run, tmp_path):
+    config = small_run("training.steps=4", "training.log_interval=2", "training.val_interval=4")
+    ranks(2, lambda world: train.train(config, world))
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["run", "train", "train", "val", "saved"]
+    assert lines[0]["mesh"] == "dp_outer=1 dp_shard=2 ep=1"
+    assert lines[0]["global_batch"] == 10
+    names = {"loss", "grad_norm", "lr", "images_per_s", "step_ms", "data_ms", "memory_gib"}
+    assert names <= set(lines[1])
+    assert "mfu_percent" not in lines[1], "no peak is known for a CPU"
+    assert (tmp_path / "run/config.yaml").read_text().startswith("model:")
+    assert json.loads((tmp_path / "run/versions.json").read_text())["timm"]
+
+
+def test_mfu_follows_from_flops_and_a_named_peak(ranks, small_run, tmp_path):
+    config = small_run("training.steps=2", "training.log_interval=2", "training.peak_tflops=0.5")
+    ranks(1, lambda world: train.train(config, world))
+    line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1])
+    flops = assemble.build_model(config, backend="torch", on_meta=True).flops_per_image()
+    expected = 100 * 3 * flops * line["images_per_s"] / 0.5e12
+    assert line["mfu_percent"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_non_finite_loss_stops_the_run_and_saves_nothing(ranks, small_run, tmp_path):
+    config = small_run("training.steps=4", "training.log_interval=1", "optimizer.lr=1e30")
+
+    def stopped(world):
+        with pytest.raises(train.NonFiniteError, match=r"non-finite loss=.* by step \d"):
+            train.train(config, world)
+
+    ranks(2, stopped)
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
+def test_loss_equals_its_closed_form():
+    logits_BY = torch.tensor([[2.0, 0.0, -1.0]])
+    log_p = (logits_BY - logits_BY.logsumexp(1, keepdim=True))[0]
+    expected = -(0.9 * log_p[1] + 0.1 * log_p.mean())
+    loss = train.smoothed_loss(logits_BY, torch.tensor([1]), smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
+def make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_and_a_second_call_resumes(image_folder, tmp_path):
+    root = Path(train.__file__).parent
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "train.py"]
+    options = [
+        "model.vit.num_classes=3",
+        "model.vit.depth=1",
+        f"dataset.train.root={image_folder}",
+        "dataset.train.batch_size=4",
+        f"training.checkpoint.path={tmp_path}/run",
+        "training.val_interval=1",
+    ]
+    first = make(*command, *options, "training.steps=2", cwd=root)
+    assert first.returncode == 0, first.stderr
+    assert "training is complete: 2 steps" in first.stdout
+    second = make(*command, *options, "training.steps=3", cwd=root)
+    assert second.returncode == 0, second.stderr
+    assert "resumed step=2" in second.stdout
+    assert "training.steps: 2 -> 3" in second.stdout
+    assert (tmp_path / "run/tensorboard").is_dir()

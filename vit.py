@@ -1,0 +1,287 @@
+"""The Vision Transformer, with timm's parameter names, shapes, numbers and options.
+
+    image_BCHW -> patch_embed -> + cls, reg, pos -> blocks -> norm -> pool -> head -> logits_BY
+
+Each block's feed-forward comes from a factory, so that dense or mixture-of-experts is decided
+outside. `Block` is the unit that is sharded: its parameters are touched inside Block.forward only.
+Nothing here knows of devices, ranks or config objects. Source: arXiv 2010.11929; timm 1.0.31.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath, PatchDropout, resample_abs_pos_embed
+from torch import Tensor, nn
+
+import init
+import layers
+from layers import through
+from vit_options import VitOptions, require
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention branch, then x + feed-forward branch."""
+
+    def __init__(self, o: VitOptions, *, drop_path: float, ffn: nn.Module | None) -> None:
+        super().__init__()
+        is_te, dim = o.backend == "te", o.embed_dim
+        self.norm1 = None if is_te else layers.layer_norm(dim)
+        self.attn = layers.Attention(
+            dim,
+            o.num_heads,
+            qkv_bias=o.qkv_bias,
+            qk_norm=o.qk_norm,
+            scale_norm=o.scale_attn_norm,
+            proj_bias=o.proj_bias,
+            attn_drop=o.attn_drop_rate,
+            proj_drop=o.proj_drop_rate,
+            backend=o.backend,
+        )
+        self.ls1 = None if o.init_values is None else layers.LayerScale(dim)
+        self.norm2 = None if is_te and ffn is None else layers.layer_norm(dim)
+        self.mlp = _dense_mlp(o) if ffn is None else ffn
+        self.ls2 = None if o.init_values is None else layers.LayerScale(dim)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else None
+        if is_te:
+            layers.use_canonical_state_dict(self)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return the block's output: x_BLD -> x_BLD. A norm that is None is inside TE's layer."""
+        y_BLD = through(self.ls1, self.attn(through(self.norm1, x_BLD)))
+        x_BLD = x_BLD + through(self.drop_path, y_BLD)
+        y_BLD = through(self.ls2, self.mlp(through(self.norm2, x_BLD)))
+        return x_BLD + through(self.drop_path, y_BLD)
+
+
+def _dense_mlp(o: VitOptions) -> nn.Module:
+    return layers.Mlp(
+        o.embed_dim,
+        o.hidden_dim,
+        bias=o.proj_bias,
+        scale_norm=o.scale_mlp_norm,
+        drop=o.proj_drop_rate,
+        backend=o.backend,
+        has_norm=o.backend == "te",
+    )
+
+
+def _flops_per_token(ffn: nn.Module) -> int:
+    flops = getattr(ffn, "flops_per_token", None)
+    if not isinstance(flops, int):
+        raise TypeError(f"{type(ffn).__name__} needs an attribute flops_per_token: int, for MFU")
+    return flops
+
+
+class VisionTransformer(nn.Module):
+    """Vision Transformer classifier; state_dict() has timm's keys and shapes with either backend.
+
+    Args:
+        img_size: height and width in pixels; other sizes are refused unless `dynamic_img_size`.
+        num_classes: 0 for no head: the pooled features are returned.
+        global_pool: "token", "avg", "map" (attention), "max", "avgmax" or "" (logits per token).
+        init_values: initial layer scale; None for none.
+        no_embed_class: position embeddings for patches only.
+        pre_norm: norm before the blocks; the patch embedding then has no bias.
+        fc_norm: final norm after the pool instead of before; None: after avg, max and avgmax.
+        dynamic_img_size: take images of any multiple of the patch, resampling positions.
+        dynamic_img_pad: and of any size at all, zero-padded below and to the right.
+        patch_drop_rate: share of patches left out in training (they cost nothing).
+        drop_path_rate: stochastic depth of the last block; the first has 0, linear between.
+        weight_init: "" (timm), "jax", "jax_nlhb" or "moco"; the table is in init.initial_value.
+        fix_init: scale each block's output projections down with depth.
+        grad_checkpointing: recompute each block in backward.
+        backend: "torch" or "te", see layers.resolve_backend.
+        ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP, which
+            alone sees `mlp_ratio`, `scale_mlp_norm`, `proj_drop_rate`. A module of it whose
+            tensors are no plain `weight` and `bias` needs to be an init.HasInitialValue; for
+            `flops_per_image` the feed-forward needs an attribute `flops_per_token`.
+        seed: initial values are a function of it and the parameter's name, on any device.
+
+    Raises:
+        ValueError: an option has a value that cannot work, or no effect beside the others.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = True,
+        pos_embed: str = "learn",
+        no_embed_class: bool = False,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool | None = None,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        fix_init: bool = False,
+        grad_checkpointing: bool = False,
+        backend: str = "torch",
+        ffn: Callable[[int], nn.Module | None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        arguments = dict(locals())  # the names of the signature: VitOptions repeats no default
+        super().__init__()
+        names = [field.name for field in dataclasses.fields(VitOptions)]
+        self.options = VitOptions(**{name: arguments[name] for name in names})
+        self._build_stem(self.options)
+        self.blocks = nn.ModuleList(
+            Block(self.options, drop_path=rate, ffn=None if ffn is None else ffn(i))
+            for i, rate in enumerate(self.options.drop_path_rates)
+        )
+        self._build_top(self.options)
+        scheme = init.Scheme(
+            seed=seed,
+            weight_init=weight_init,
+            fix_init=fix_init,
+            init_values=init_values,
+            num_classes=num_classes,
+        )
+        init.attach(self, scheme, canonical_name=layers.canonical_name)
+
+    def _build_stem(self, o: VitOptions) -> None:
+        dim = o.embed_dim
+        self.patch_embed = layers.PatchEmbed(
+            dim, o.in_chans, patch_hw=o.patch_hw, bias=not o.pre_norm, is_padded=o.dynamic_img_pad
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if o.class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, o.reg_tokens, dim)) if o.reg_tokens else None
+        num_pos = math.prod(o.grid_hw) + o.num_pos_prefix
+        has_pos = o.pos_embed == "learn"
+        self.pos_embed = nn.Parameter(torch.empty(1, num_pos, dim)) if has_pos else None
+        self.pos_drop = nn.Dropout(o.pos_drop_rate) if o.pos_drop_rate > 0 else None
+        drops = o.patch_drop_rate > 0
+        self.patch_drop = PatchDropout(o.patch_drop_rate, o.num_prefix_tokens) if drops else None
+        self.norm_pre = layers.layer_norm(dim) if o.pre_norm else None
+
+    def _build_top(self, o: VitOptions) -> None:
+        dim, is_after = o.embed_dim, o.is_norm_after_pool
+        self.norm = layers.layer_norm(dim) if o.final_norm and not is_after else None
+        is_map = o.global_pool == "map"
+        self.attn_pool = (
+            layers.AttentionPool(dim, o.num_heads, mlp_ratio=o.mlp_ratio) if is_map else None
+        )
+        self.fc_norm = layers.layer_norm(dim) if o.final_norm and is_after else None
+        self.head_drop = nn.Dropout(o.drop_rate) if o.drop_rate > 0 else None
+        self.head = layers.linear(dim, o.num_classes, bias=True) if o.num_classes else None
+
+    def _check_image(self, image_BCHW: Tensor) -> None:
+        o = self.options
+        size_CHW = tuple(image_BCHW.shape[1:])
+        require(size_CHW[0] == o.in_chans, "in_chans", o.in_chans, f"got an image of {size_CHW}")
+        if not o.dynamic_img_size:
+            fits = size_CHW[1:] == o.img_hw
+            hint = "(dynamic_img_size=true takes any size)"
+            require(fits, "img_size", o.img_size, f"got an image of {size_CHW} {hint}")
+        elif not o.dynamic_img_pad:
+            fits = size_CHW[1] % o.patch_hw[0] == 0 and size_CHW[2] % o.patch_hw[1] == 0
+            hint = "(dynamic_img_pad=true takes any size)"
+            require(fits, "patch_size", o.patch_size, f"does not divide {size_CHW} {hint}")
+
+    def _positions(self, image_BCHW: Tensor) -> Tensor | None:
+        if self.pos_embed is None or not self.options.dynamic_img_size:
+            return self.pos_embed
+        return resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=list(self.patch_embed.grid_hw(*image_BCHW.shape[2:])),
+            old_size=list(self.options.grid_hw),
+            num_prefix_tokens=self.options.num_pos_prefix,
+        )
+
+    def embed(self, image_BCHW: Tensor) -> Tensor:
+        """Return the tokens that enter the first block: image_BCHW -> x_BLD, prefix first."""
+        self._check_image(image_BCHW)
+        x_BLD = self.patch_embed(image_BCHW)
+        pos_1LD = self._positions(image_BCHW)
+        if pos_1LD is not None and self.options.no_embed_class:
+            x_BLD = x_BLD + pos_1LD
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if prefix:
+            x_BLD = torch.cat([*(t.expand(len(x_BLD), -1, -1) for t in prefix), x_BLD], dim=1)
+        if pos_1LD is not None and not self.options.no_embed_class:
+            x_BLD = x_BLD + pos_1LD
+        x_BLD = through(self.patch_drop, through(self.pos_drop, x_BLD))
+        return through(self.norm_pre, x_BLD)
+
+    def pool(self, x_BLD: Tensor) -> Tensor:
+        """Return one vector per image, x_BLD -> x_BD; all tokens, as they are, for pool ""."""
+        kind = self.options.global_pool
+        if kind == "":
+            return x_BLD
+        if kind == "token":
+            return x_BLD[:, 0]
+        x_BLD = x_BLD[:, self.options.num_prefix_tokens :]
+        if self.attn_pool is not None:
+            return self.attn_pool(x_BLD)
+        if kind == "avg":
+            return x_BLD.mean(dim=1)
+        largest_BD = x_BLD.amax(dim=1)
+        return largest_BD if kind == "max" else 0.5 * (largest_BD + x_BLD.mean(dim=1))
+
+    def flops_per_image(self) -> int:
+        """Return the FLOPs of the forward pass of one image of img_size, for MFU.
+
+        Matrix products only, a multiply and an add being 2; backward costs twice as much again. In
+        training mode without the patches that `patch_drop_rate` leaves out.
+
+        Raises:
+            TypeError: a feed-forward has no attribute `flops_per_token`.
+        """
+        o, dim = self.options, self.options.embed_dim
+        num_patches = math.prod(o.grid_hw)
+        num_kept = o.num_patches_in_training if self.training else num_patches
+        num_tokens = num_kept + o.num_prefix_tokens
+        patches = 2 * num_patches * dim * o.in_chans * math.prod(o.patch_hw)
+        attention = num_tokens * (8 * dim * dim + 4 * num_tokens * dim)  # qkv and proj; q k^T and v
+        ffns = [block.get_submodule("mlp") for block in self.blocks]
+        feed_forward = num_tokens * sum(_flops_per_token(ffn) for ffn in ffns)
+        pool = 0 if self.attn_pool is None else self.attn_pool.flops(num_kept)
+        head = 2 * dim * o.num_classes * (num_tokens if o.global_pool == "" else 1)
+        return patches + o.depth * attention + feed_forward + pool + head
+
+    def forward_features(self, image_BCHW: Tensor) -> Tensor:
+        """Return the tokens after the last block, normed unless that comes after the pool."""
+        x_BLD = self.embed(image_BCHW)
+        is_recomputed = self.options.grad_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if is_recomputed:
+                x_BLD = layers.checkpoint(block, x_BLD, backend=self.options.backend)
+            else:
+                x_BLD = block(x_BLD)
+        return through(self.norm, x_BLD)
+
+    def forward_head(self, x_BLD: Tensor) -> Tensor:
+        """Return pooled and classified tokens: x_BLD -> logits_BY."""
+        x_BD = through(self.fc_norm, self.pool(x_BLD))
+        return through(self.head, through(self.head_drop, x_BD))
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Return logits: image_BCHW -> logits_BY (x_BD without a head, logits_BLY for pool "").
+
+        Raises:
+            ValueError: the image has another size or number of channels than configured.
+        """
+        return self.forward_head(self.forward_features(image_BCHW))
