@@ -3,6 +3,8 @@
 import gzip
 import io
 import tarfile
+from functools import partial
+from pathlib import Path
 
 import pytest
 
