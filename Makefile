@@ -4,7 +4,8 @@
 # make setup   only install, into .venv
 
 PYTHON ?= python3.11
-NPROC ?= 2
+# One rank per GPU; two on a machine without.
+NPROC ?= $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),2)
 ARGS ?=
 
 BIN := .venv/bin
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 
 setup: .venv/.train
 train: .venv/.train
-	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)

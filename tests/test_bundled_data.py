@@ -163,6 +163,7 @@ def test_check_of_a_missing_archive_names_the_file(scripts, tmp_path):
         scripts[1].main(["--out", str(tmp_path / "gone.tar.gz"), "--check"])
 
 
+@pytest.mark.slow
 def test_colour_and_file_size_say_next_to_nothing_and_pixels_little(scripts, splits):
     baselines, _ = scripts
     top1 = baselines.measure(*splits)

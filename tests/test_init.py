@@ -155,3 +155,10 @@ def test_ffn_draws_its_own_initial_values_by_full_name():
 def test_ffn_tensor_without_an_init_rule_is_refused():
     with pytest.raises(TypeError, match=r"blocks\.0\.mlp\.\w+: .*initial_value"):
         vit.VisionTransformer(**SMALL, ffn=lambda i: Scaled())
+
+
+def test_ffn_buffer_is_never_taken_for_a_parameter():
+    ffn = nn.Identity()
+    ffn.register_buffer("bias", torch.ones(3))
+    with pytest.raises(TypeError, match=r"blocks\.0\.mlp\.bias: a buffer needs Identity"):
+        vit.VisionTransformer(**SMALL, ffn=lambda i: ffn)

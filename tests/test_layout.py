@@ -14,15 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports from lower levels only. A new file of the root gets a line here.
 LEVELS = {
     "schema": 0,
-    "distributed": 0,
-    "init": 0,
+    "seeds": 0,
+    "image_index": 0,
+    "distributed": 1,
+    "init": 1,
     "compose": 1,
     "layers": 1,
     "imagenet_dataset": 1,
     "optim": 1,
-    "sharding": 1,
-    "checkpoint": 1,
     "logbook": 1,
+    "sharding": 2,
+    "checkpoint": 2,
     "vit_options": 2,
     "vit": 3,
     "assemble": 4,
@@ -215,8 +217,8 @@ PYTHON_GUARDS = [
 # guard, the fault, and next to it what is right
 EXAMPLES = [
     (wrong_levels, "import train", "import schema"),
-    (wrong_levels, "def f():\n    from layers import x", "from schema import x"),
-    (wrong_levels, "import optim", "import distributed"),
+    (wrong_levels, "def f():\n    from layers import x", "from seeds import x"),
+    (wrong_levels, "import optim", "import image_index as optim"),
     (broken_seams, "import megatron_fsdp.utils", "import torch"),
     (broken_seams, "from triton import jit", "from torch import jit"),
     (broken_seams, "importlib.import_module('wandb.x')", "f('wandb')"),

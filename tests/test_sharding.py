@@ -81,9 +81,9 @@ def run_step(world, model, shards, optimizer, *, step, accum, dtype=torch.float3
     rows = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
     optimizer.zero_grad()
     for microbatch in range(accum):
-        image_BCHW, label_B = batch(step, microbatch)
+        image_BCHW, label_B = (tensor[rows].to(world.device) for tensor in batch(step, microbatch))
         with sharding.microbatch(model, is_last=microbatch == accum - 1):
-            loss = F.cross_entropy(model(image_BCHW[rows].to(dtype)).float(), label_B[rows])
+            loss = F.cross_entropy(model(image_BCHW.to(dtype)).float(), label_B)
             (loss / accum / world.size).backward()
     sharding.finish_gradients(model, shards)
     norm = sharding.clip_gradients(shards, MAX_NORM)
@@ -93,7 +93,7 @@ def run_step(world, model, shards, optimizer, *, step, accum, dtype=torch.float3
 
 def parts(shards):
     """This rank's part of every main weight: name, where it lies, values."""
-    return [(s.name, s.full_slice(), s.local.detach().clone()) for s in shards]
+    return [(s.name, s.full_slice(), s.local.detach().clone().cpu()) for s in shards]
 
 
 def train_sharded(world, kind, accum, mesh, options):
@@ -105,7 +105,7 @@ def train_sharded(world, kind, accum, mesh, options):
     ]
     model.eval()
     with torch.no_grad():
-        model(batch(0, 0)[0])  # an evaluation between steps must change nothing
+        model(batch(0, 0)[0].to(world.device))  # an evaluation between steps must change nothing
     return parts(shards), norms
 
 
@@ -230,7 +230,6 @@ def bf16_steps(world, accum):
     model, shards = shard(world, small_vit(), compute_dtype=torch.bfloat16)
     optimizer = make_optimizer("sgd", [(s.name, s.local) for s in shards])
     sharding.shard_optimizer(optimizer)
-    dtypes = {p.dtype for p in model.module.parameters()}
     for step in range(3):
         run_step(world, model, shards, optimizer, step=step, accum=accum, dtype=torch.bfloat16)
     model._replace_param_with_raw_if_needed()

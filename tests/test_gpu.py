@@ -1,0 +1,89 @@
+"""The same code on one CUDA device with NCCL; `pytest -m gpu` on a machine that has one."""
+
+import json
+
+import pytest
+import torch
+
+import distributed
+import layers
+import train
+from tests.test_sharding import small_vit, train_plainly, train_sharded, worst_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def cuda_world():
+    with distributed.process_group("cuda", timeout_s=120) as world:
+        yield world
+
+
+@pytest.mark.parametrize("strategy", [0, 1, 2, 3])
+@pytest.mark.parametrize("accum", [1, 2])
+def test_sharded_training_on_one_rank_with_nccl_equals_plain_pytorch(cuda_world, strategy, accum):
+    """Groups of one rank double gradients when the communication dtype differs; ours does not."""
+    expected, norms = train_plainly(small_vit(), kind="adamw", accum=accum)
+    found, sharded_norms = train_sharded(cuda_world, "adamw", accum, {"strategy": strategy}, {})
+    assert worst_error([found], expected) <= 1e-4, "CPU reference, fp32 without TF32"
+    assert sharded_norms == pytest.approx(norms, rel=1e-3)
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def learn(small_run, tmp_path, world, *overrides):
+    """Overfit 24 images for 30 steps; return the log's first line and its training losses."""
+    config = small_run(
+        "device=cuda",
+        "training.steps=30",
+        "training.log_interval=5",
+        "training.val_interval=30",
+        "model.vit.embed_dim=48",
+        "dataset.train.batch_size=16",
+        "dataset.train.crop_scale=[1,1]",
+        *overrides,
+    )
+    train.train(config, world)
+    lines = logged(tmp_path / "run")
+    return lines[0], [line["loss"] for line in lines if line["event"] == "train"]
+
+
+def test_bf16_steps_learn(small_run, tmp_path, cuda_world):
+    choices, losses = learn(small_run, tmp_path, cuda_world, "model.backend=torch")
+    assert (choices["dtype"], choices["backend"]) == ("bfloat16", "torch")
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("fp8", ["null", "delayed", "current"])
+def test_transformer_engine_steps_learn(small_run, tmp_path, cuda_world, fp8):
+    pytest.importorskip("transformer_engine.pytorch")
+    overrides = ["model.backend=te", f"model.te_fp8={fp8}"]
+    choices, losses = learn(small_run, tmp_path, cuda_world, *overrides)
+    assert choices["backend"] == "te"
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_auto_takes_transformer_engine_where_it_imports():
+    pytest.importorskip("transformer_engine.pytorch")
+    assert layers.resolve_backend("auto", torch.device("cuda"))[0] == "te"
+
+
+def test_resume_on_cuda_continues_bit_for_bit(small_run, tmp_path, cuda_world):
+    options = ["device=cuda", "model.backend=torch", "model.vit.drop_rate=0.1"]
+    options += ["training.steps=4", "training.val_interval=2", "training.log_interval=1"]
+    train.train(small_run(*options), cuda_world)
+    whole = [line for line in logged(tmp_path / "run") if line["event"] == "train"]
+    for folder in (tmp_path / "run").glob("step_4_*"):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    train.train(small_run(*options), cuda_world)
+    again = [line for line in logged(tmp_path / "run") if line["event"] == "train"][len(whole) :]
+    assert [(line["step"], line["loss"]) for line in again] == [
+        (line["step"], line["loss"]) for line in whole[2:]
+    ]
