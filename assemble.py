@@ -30,6 +30,7 @@ from imagenet_dataset import Batch
 from schema import Config
 from sharding import Shard
 from vit import Block, VisionTransformer
+from vit_options import VitOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -87,13 +88,30 @@ def build_model(config: Config, *, backend: str, on_meta: bool) -> VisionTransfo
         return VisionTransformer(**options, backend=backend, seed=config.training.seed)
 
 
+def unpack_once(root: Path, world: World) -> None:
+    """Unpack a bundled archive on first use, once per node; the other ranks wait. Collective.
+
+    Raises:
+        ValueError: On every rank, if the archive is damaged or hostile on any node.
+    """
+    problem: str | None = None
+    if world.local_rank == 0:
+        try:
+            image_index.unpack_archive(root)
+        except ValueError as error:
+            problem = str(error)
+    problems: list[str | None] = [None] * world.size
+    dist.all_gather_object(problems, problem)
+    found = next((item for item in problems if item is not None), None)
+    if found is not None:
+        raise ValueError(found)
+
+
 def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     """Index the training and validation images; unpack a bundled archive on first use."""
     train_root = Path(config.dataset.train.root)
     val_root = Path(config.dataset.val.root or train_root)
-    if world.local_rank == 0:
-        image_index.unpack_archive(train_root)
-    dist.barrier()
+    unpack_once(train_root, world)
     train_index = image_index.index_images(train_root, "train")
     val_index = image_index.index_images(val_root, "val")
     image_index.check_same_classes(train_index, val_index)
@@ -106,14 +124,24 @@ def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
 
 
 def pick_backend(config: Config, world: World) -> tuple[str, str]:
-    """Return the backend and why; check that fp8, if asked for, can work with it."""
+    """Return the backend and why it is this one; fp8 needs TransformerEngine."""
     backend, reason = layers.resolve_backend(config.model.backend, world.device)
-    if config.model.te_fp8 is not None:
-        if backend != "te":
-            raise ValueError(
-                f"config model.te_fp8={config.model.te_fp8}: needs backend te, got {reason}"
-            )
+    if config.model.te_fp8 is not None and backend != "te":
+        raise ValueError(
+            f"config model.te_fp8={config.model.te_fp8}: needs backend te, not {backend} ({reason})"
+        )
     return backend, reason
+
+
+def check_fp8(config: Config, options: VitOptions) -> None:
+    """Refuse sizes that fp8, if it was asked for, cannot work with."""
+    if config.model.te_fp8 is not None:
+        layers.check_fp8_shapes(
+            embed_dim=options.embed_dim,
+            hidden_dim=options.hidden_dim,
+            batch_size=config.dataset.train.batch_size,
+            num_tokens=options.num_patches_in_training + options.num_prefix_tokens,
+        )
 
 
 def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimizer:
@@ -142,6 +170,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     )
     # The library cannot shard nothing from the meta device, and there is then nothing to save.
     vit = build_model(config, backend=backend, on_meta=strategy != "no_shard")
+    check_fp8(config, vit.options)
     train_index, val_index = find_images(config, world)
     model = sharding.shard_model(
         vit,

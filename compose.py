@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from schema import Config, validate, walk
 
@@ -43,6 +44,12 @@ def _unknown(key: str) -> str:
     return f"config {key}: no such option (allowed: {', '.join(near or siblings or sections)})"
 
 
+def _added(name: str, overrides: list[str]) -> str:
+    """Return the dotted key of the override that added `name` to its section."""
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    return next((key for key in keys if key.rpartition(".")[2] == name), name)
+
+
 def _one_line(error: Exception) -> str:
     """Say what OmegaConf or Hydra found wrong in one line: field, value, what is allowed."""
     cause: BaseException | None = error
@@ -66,16 +73,23 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
         raise FileNotFoundError(
             f"config {config_dir}/{config_name}.yaml: not found (there are: {', '.join(names)})"
         )
+    for override in overrides:
+        if override.startswith("~"):
+            raise ValueError(f"config {override}: must be name=value (~ would only hide a default)")
+    path = config_dir / f"{config_name}.yaml"
     ConfigStore.instance().store(name="schema", node=_thaw(OmegaConf.structured(Config)))
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir.resolve())):
             composed = hydra_compose(config_name, overrides)
         config = OmegaConf.to_object(composed)
     except dataclasses.FrozenInstanceError as error:  # what `+key=value` added
-        raise ValueError(_unknown(str(error).split("'")[1])) from error
+        raise ValueError(_unknown(_added(str(error).split("'")[1], overrides))) from error
+    except YAMLError as error:
+        raise ValueError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
-    assert isinstance(config, Config), "the schema types the root"
+    if not isinstance(config, Config):
+        raise ValueError(f"config {path}: must begin with `defaults: [schema, _self_]`")
     return validate(config)
 
 

@@ -13,6 +13,7 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -174,9 +175,14 @@ def require_equal(name: str, value: str) -> None:
     """Raise ValueError on every rank if `value` differs between ranks. Collective."""
     values: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    different = [f"rank {rank}: {item}" for rank, item in enumerate(values) if item != values[0]]
-    if different:
-        raise ValueError(f"{name} differs between ranks: rank 0: {values[0]}; {different[0]}")
+    for rank, item in enumerate(values):
+        if item != values[0]:
+            pairs = zip_longest(values[0].splitlines(), item.splitlines(), fillvalue="nothing")
+            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"{name} differs between ranks: rank 0: {ours.strip()}; "
+                f"rank {rank}: {theirs.strip()}"
+            )
 
 
 def device_name(device: torch.device) -> str:

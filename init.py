@@ -177,6 +177,17 @@ def _by_name(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generat
     raise TypeError(f"{name}: no init rule; the module that owns it needs `initial_value`")
 
 
+def keep_full_precision(parameter: Tensor, value: Tensor) -> None:
+    """Let Megatron-FSDP start the main weight from `value`, not from its rounding in `parameter`.
+
+    The attributes are the protocol by which it asks TransformerEngine's fp8 parameters for theirs.
+    """
+    parameter.get_high_precision_init_val = lambda: value  # type: ignore[attr-defined]
+    parameter.clear_high_precision_init_val = lambda: vars(parameter).pop(  # type: ignore[attr-defined]
+        "get_high_precision_init_val"
+    )
+
+
 @torch.no_grad()
 def fill(module: nn.Module, full_names: dict[str, str], scheme: Scheme) -> None:
     """Set the tensors that `module` owns directly to their initial values.
@@ -191,6 +202,8 @@ def fill(module: nn.Module, full_names: dict[str, str], scheme: Scheme) -> None:
         target = getattr(module, local_name)
         assert value.shape == target.shape, f"{full_name}: {value.shape} for {target.shape}"
         target.copy_(value)
+        if target.dtype != value.dtype and isinstance(target, nn.Parameter):
+            keep_full_precision(target, value)
 
 
 def attach(root: nn.Module, scheme: Scheme, *, canonical_name: Callable[[str], str]) -> None:

@@ -84,6 +84,6 @@ def lr_at(step: int, *, peak: float, final: float, warmup_steps: int, num_steps:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the learning rate `lr` (0-dimensional tensors are filled, not replaced)."""
+    """Give every group the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -41,7 +41,7 @@ class ViTOptions:
 
     img_size: Any = option(224, "pixels per side, or [height, width]")
     patch_size: Any = option(16, "pixels per patch side, or [height, width]")
-    in_chans: int = option(3, "image channels", low=1)
+    in_chans: int = option(3, "image channels; the loader makes RGB", low=3, high=3)
     num_classes: int = option(1000, "classes of the head", low=1)
     global_pool: str = option("token", "what the head sees: class token, mean, attention pool")
     embed_dim: int = option(768, "width D", low=1)

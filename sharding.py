@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import init
 from distributed import Meshes
 
 with warnings.catch_warnings():
@@ -163,8 +164,8 @@ def shard_model(
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if is_meta and strategy_name(strategy) == "no_shard":
         raise ValueError(
-            "config fsdp.zero_dp_strategy=no_shard: cannot start from the meta device "
-            "(set model.meta_init=false, or use strategy 1, 2 or 3)"
+            "config fsdp.zero_dp_strategy=no_shard: cannot start from the meta device (build the "
+            "model on the CPU, or use strategy 1, 2 or 3)"
         )
     hybrid: dict[str, object] = {}
     if meshes.dp_outer > 1:
@@ -173,6 +174,9 @@ def shard_model(
             "hybrid_fsdp_group": meshes.dense["dp_outer", "dp_shard"]._flatten().get_group(),
             "hybrid_fsdp_expt_group": meshes.expert["dp_outer", "dp_shard"]._flatten().get_group(),
         }
+    if not is_meta and compute_dtype != torch.float32:
+        for parameter in model.parameters():
+            init.keep_full_precision(parameter, parameter.detach().clone())
     return fully_shard_model(
         model.to(compute_dtype),
         device_mesh=meshes.dense,

@@ -334,7 +334,7 @@ def main(argv: list[str]) -> int:
             config.device, timeout_s=config.distributed.timeout_s
         ) as world:
             train(config, world)
-    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+    except (ValueError, FileNotFoundError, ImportError, NonFiniteError) as error:
         rank, _, _ = distributed.launch_facts()
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_OPTIONS

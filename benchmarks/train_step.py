@@ -13,6 +13,7 @@ so that a noisy machine disturbs both alike, and the figure is a ratio. Rows:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
@@ -86,18 +87,9 @@ def build_steps(config: Config, world: distributed.World) -> dict[str, Callable[
         torch.randint(0, vit.num_classes, (size,), generator=generator),
         torch.arange(size),
     )
-    plain: list[nn.Module] = []
-    for _ in range(2):
-        plain.append(
-            TimmViT(
-                img_size=vit.img_size,
-                patch_size=vit.patch_size,
-                num_classes=vit.num_classes,
-                embed_dim=vit.embed_dim,
-                depth=vit.depth,
-                num_heads=vit.num_heads,
-            )
-        )
+    options = dataclasses.asdict(vit)
+    del options["grad_checkpointing"]  # a method of timm's model, off here
+    plain = [TimmViT(**options) for _ in range(2)]
     ours = assemble.build_model(config, backend="torch", on_meta=False)
     for model in plain:
         model.load_state_dict(ours.state_dict())

@@ -239,8 +239,9 @@ def bf16_steps(world, accum):
 
 def test_bf16_compute_keeps_fp32_main_weights_and_fp32_accumulation(ranks):
     """Equal to a hand-written loop: bf16 copies, gradients added up in fp32, fp32 update."""
-    accum, model = 3, small_vit().bfloat16()
-    masters = {n: nn.Parameter(p.detach().float()) for n, p in model.named_parameters()}
+    accum, model = 3, small_vit()
+    masters = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    model.bfloat16()
     optimizer = make_optimizer("sgd", masters.items())
     for step in range(3):
         optimizer.zero_grad()
@@ -286,6 +287,23 @@ def test_meta_init_is_eager_init_bit_for_bit(ranks, world_size, options):
     for strategy in (1, 3):
         results = ranks(world_size, initial_parts, strategy, True, options)
         assert worst_error(results, eager) == 0
+
+
+@pytest.mark.parametrize("strategy", [0, 1, 2, 3])
+def test_bf16_main_weights_start_from_unrounded_values(ranks, strategy):
+    def bf16_parts(world):
+        with torch.device("cpu" if strategy == 0 else "meta"):
+            model = small_vit()
+        sharded, shards = shard(world, model, strategy=strategy, compute_dtype=torch.bfloat16)
+        sharded._replace_param_with_raw_if_needed()
+        leftover = [
+            p for p in sharded.module.parameters() if "get_high_precision_init_val" in vars(p)
+        ]
+        assert not leftover, "the unrounded copies are let go"
+        return parts(shards)
+
+    fp32 = {name: p.detach() for name, p in small_vit().named_parameters()}
+    assert worst_error(ranks(2, bf16_parts), fp32) == 0
 
 
 def load_and_list(world, full):
