@@ -27,7 +27,7 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 bench: .venv/.train
-	$(BIN)/python -m benchmarks.train_step
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.train_step $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

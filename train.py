@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -262,6 +263,7 @@ def fit(run: Run, logbook: Logbook, *, start_step: int) -> tuple[Path, dict[str,
 
 def print_outcome(run: Run, folder: Path, figures: Mapping[str, object]) -> None:
     """Print the run's last table: how good, how fast, where it is, what to type next."""
+    python = shlex.quote(os.path.relpath(sys.executable))
     rows = {
         "top-1": f"{figures['top1']:.2f} % of {figures['images']:.0f} validation images",
         "top-5": f"{figures['top5']:.2f} %",
@@ -269,7 +271,7 @@ def print_outcome(run: Run, folder: Path, figures: Mapping[str, object]) -> None
         "speed": f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)",
         "checkpoint": str(folder),
         "log": f"{run.folder}/log.jsonl",
-        "next": "python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+        "next": f"{python} -m torch.distributed.checkpoint.format_utils dcp_to_torch "
         f"{shlex.quote(str(folder))} model.pt",
     }
     print_table(f"training is complete: {run.config.training.steps} steps", rows)

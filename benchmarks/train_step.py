@@ -1,6 +1,6 @@
 """Time one training step of our loop on one rank against a plain timm + PyTorch loop.
 
-    python -m benchmarks.train_step [--repeats 30] [--threads 2] [--out FILE.json]
+    python -m benchmarks.train_step [--repeats 30] [--threads 2] [name=value ...]
 
 Same network, weights, images, labels, optimizer and clipping; the steps alternate in one process,
 so that a noisy machine disturbs both alike, and the figure is a ratio. Rows:
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--config-name", default="vit_tiny_patch8_64")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-train_step.json")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
@@ -159,9 +159,10 @@ def main() -> None:
         text=True,
         check=True,
     ).stdout.strip()
+    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     result = {
         "benchmark": "train_step",
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": date,
         "commit": commit,
         "device": f"cpu, {arguments.threads} threads",
         "config": arguments.config_name,
@@ -171,9 +172,10 @@ def main() -> None:
         "versions": versions(),
         "rows": rows,
     }
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"{date}-cpu-train_step.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def small_run(image_folder, tmp_path) -> Callable:
         "model.vit.embed_dim=36",
         "model.vit.depth=2",
         f"dataset.train.root={image_folder}",
+        "optimizer.warmup_steps=0",
         "dataset.train.batch_size=5",
         "dataset.val.batch_size=2",
         "dataset.num_workers=0",

@@ -265,6 +265,7 @@ def test_the_command_line_trains_and_a_second_call_resumes(image_folder, tmp_pat
     options = [
         "model.vit.num_classes=3",
         "model.vit.depth=1",
+        "optimizer.warmup_steps=0",
         f"dataset.train.root={image_folder}",
         "dataset.train.batch_size=4",
         f"training.checkpoint.path={tmp_path}/run",
