@@ -280,25 +280,28 @@ def microbatch(model: MegatronFSDP, *, is_last: bool) -> Iterator[None]:
     parameter), with the library's reduction held back. ZeRO 2 and 3 would otherwise reduce-scatter
     in every microbatch.
     """
+    model.is_last_microbatch = is_last
+    if is_last:
+        yield
+        return
     model._replace_param_with_raw_if_needed()
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     for parameter in parameters:
-        parameter.skip_backward_post_hook = not is_last  # type: ignore[attr-defined]
-        if not is_last:
-            parameter.grad_dtype = torch.float32
-    model.is_last_microbatch = is_last
+        parameter.skip_backward_post_hook = True  # type: ignore[attr-defined]
+        parameter.grad_dtype = torch.float32
 
     def hold_back(_: nn.Module, __: object, output: Tensor) -> None:
         # The library reduces at the end of backward what its hooks have not; the list of that is
         # made when the gradient of the model's output arrives, and emptied here right after.
         output.register_hook(lambda _: model._params_require_handle_grad.clear())
 
-    hook = None if is_last else model.register_forward_hook(hold_back)
+    hook = model.register_forward_hook(hold_back)
     try:
         yield
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
+        for parameter in parameters:
+            parameter.skip_backward_post_hook = False  # type: ignore[attr-defined]
 
 
 def finish_gradients(model: MegatronFSDP, shards: list[Shard]) -> None:
