@@ -9,13 +9,14 @@ whether the model was built on the meta device first. No model code here.
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from seeds import stable_seed
 
 WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco")
 
@@ -52,8 +53,7 @@ class HasInitialValue(Protocol):
 
 def generator(seed: int, full_name: str) -> torch.Generator:
     """Return the CPU generator that belongs to one parameter."""
-    digest = hashlib.blake2b(f"{seed}:{full_name}".encode(), digest_size=8).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator(device="cpu").manual_seed(stable_seed(seed, "init", full_name))
 
 
 def normal(shape: torch.Size, std: float, *, rng: torch.Generator) -> Tensor:

@@ -42,7 +42,7 @@ from logbook import Logbook, print_table, versions
 from schema import Config
 
 VAL_FIGURES = ("images", "loss", "top1", "top5")
-EXIT_OPTIONS, EXIT_NON_FINITE = 2, 5
+EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_INTERRUPTED = 2, 5, 130
 
 
 class NonFiniteError(RuntimeError):
@@ -340,6 +340,9 @@ def main(argv: list[str]) -> int:
         rank, _, _ = distributed.launch_facts()
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_OPTIONS
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
