@@ -52,7 +52,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where checkpoints and logs live."""
-        return Path(self.config.training.checkpoint.path)
+        return Path(self.config.training.checkpoint.path).expanduser()
 
     @property
     def global_batch(self) -> int:
@@ -83,7 +83,7 @@ def build_model(config: Config, *, backend: str, on_meta: bool) -> VisionTransfo
     options = dataclasses.asdict(config.model.vit)
     for name in ("img_size", "patch_size"):
         if isinstance(options[name], list):
-            options[name] = tuple(options[name])
+            options[name] = height_width(options[name])
     with torch.device("meta") if on_meta else contextlib.nullcontext():
         return VisionTransformer(**options, backend=backend, seed=config.training.seed)
 
@@ -92,13 +92,13 @@ def unpack_once(root: Path, world: World) -> None:
     """Unpack a bundled archive on first use, once per node; the other ranks wait. Collective.
 
     Raises:
-        ValueError: On every rank, if the archive is damaged or hostile on any node.
+        ValueError: On every rank, if the archive cannot be unpacked on any node.
     """
     problem: str | None = None
     if world.local_rank == 0:
         try:
             image_index.unpack_archive(root)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
     problems: list[str | None] = [None] * world.size
     dist.all_gather_object(problems, problem)
@@ -109,9 +109,10 @@ def unpack_once(root: Path, world: World) -> None:
 
 def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     """Index the training and validation images; unpack a bundled archive on first use."""
-    train_root = Path(config.dataset.train.root)
-    val_root = Path(config.dataset.val.root or train_root)
-    unpack_once(train_root, world)
+    train_root = Path(config.dataset.train.root).expanduser()
+    val_root = Path(config.dataset.val.root or train_root).expanduser()
+    for root in (train_root, val_root):
+        unpack_once(root, world)
     train_index = image_index.index_images(train_root, "train")
     val_index = image_index.index_images(val_root, "val")
     image_index.check_same_classes(train_index, val_index)
@@ -120,6 +121,7 @@ def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
             f"config model.vit.num_classes={config.model.vit.num_classes}: must be "
             f"{len(train_index.classes)}, the classes in {train_index.root}"
         )
+    distributed.require_equal("dataset", image_index.digest(train_index))
     return train_index, val_index
 
 
@@ -140,7 +142,7 @@ def check_fp8(config: Config, options: VitOptions) -> None:
             embed_dim=options.embed_dim,
             hidden_dim=options.hidden_dim,
             batch_size=config.dataset.train.batch_size,
-            num_tokens=options.num_patches_in_training + options.num_prefix_tokens,
+            num_tokens=options.num_tokens_in_training,
         )
 
 
@@ -208,9 +210,8 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     return run, choices
 
 
-def image_hw(config: Config) -> tuple[int, int]:
-    """Return the image size as (height, width) in pixels."""
-    size = config.model.vit.img_size
+def height_width(size: int | list[int]) -> tuple[int, int]:
+    """Return an option of one side or [height, width] as (height, width) in pixels."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -218,7 +219,7 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
     """Yield this rank's microbatches from update `start_step` to the end of the run."""
     data, train = run.config.dataset, run.config.dataset.train
     transform = imagenet_dataset.train_transform(
-        img_size=image_hw(run.config),
+        img_size=height_width(run.config.model.vit.img_size),
         scale=(train.crop_scale[0], train.crop_scale[1]),
         ratio=(train.crop_ratio[0], train.crop_ratio[1]),
         hflip=train.hflip,
@@ -249,7 +250,7 @@ def val_batches(run: Run) -> DataLoader:
     return imagenet_dataset.val_loader(
         run.val_index,
         transform=imagenet_dataset.val_transform(
-            img_size=image_hw(run.config),
+            img_size=height_width(data.val.img_size or run.config.model.vit.img_size),
             crop_ratio=data.val.crop_ratio,
             interpolation=data.interpolation,
             mean=(data.mean[0], data.mean[1], data.mean[2]),

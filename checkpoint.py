@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distributed import from_main
 
 SCHEMA_VERSION = 1
-_NAME = re.compile(r"step_(\d+)_loss_(\d+\.\d+|nan|inf)(?:_r(\d+))?")
+_NAME = re.compile(r"step_(\d+)_loss_(\d+\.\d+)(?:_r(\d+))?")
 _STAGING = re.compile(r"\.staging-\d+-[0-9a-f]{32}")
 
 # Nested names to tensors: {"model": {name: tensor}, "optimizer": {name: {key: tensor}}}.
@@ -98,22 +100,27 @@ def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
     """Write a checkpoint of `state["step"]` under `root` and return its folder. Collective.
 
     Raises:
-        OSError: On every rank, if rank 0 cannot commit; the staging folder stays behind.
+        OSError: On every rank, if a rank cannot write; the staging folder stays behind.
+        ValueError: On every rank, if `state` has a number that JSON has not.
     """
     staging = from_main(root / f".staging-{state['step']}-{uuid.uuid4().hex}")
+    target = root / f"step_{state['step']}_loss_{loss:.3f}"
     # One thread: with more, a full disk is reported as success (pytorch/pytorch#191391).
     writer = FileSystemWriter(staging, thread_count=1, sync_files=True)
-    state_dict_saver.save(dict(tensors), storage_writer=writer)
-    target = root / f"step_{state['step']}_loss_{loss:.3f}"
-    result: Path | OSError = target
+    try:
+        state_dict_saver.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:  # no Exception, so nobody up there would say it in a line
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"checkpoint {target.name}: rank {rank}: {cause}") from error
+    result: Path | OSError | ValueError = target
     if dist.get_rank() == 0:
         try:
             _write_json(staging / "state.json", {"schema_version": SCHEMA_VERSION, **state})
             result = _commit(staging, target)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             result = error
     result = from_main(result)
-    if isinstance(result, OSError):
+    if not isinstance(result, Path):
         raise result
     return result
 
@@ -166,28 +173,29 @@ def _candidates(root: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    rejected: list[str] = []
+def _newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    rejected: dict[Path, str] = {}
     for folder in _candidates(root):
         try:
             return verify(folder), rejected
         except ValueError as error:
-            rejected.append(str(error))
+            rejected[folder] = str(error)
     return None, rejected
 
 
-def find_newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest complete checkpoint under `root` and why newer ones were not. Collective.
+def find_newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """Return the newest complete checkpoint under `root` and why newer ones are not. Collective.
 
     Rank 0 looks and every rank gets its answer, so ranks cannot disagree.
 
     Raises:
         ValueError: There are checkpoints and none is complete; starting over would hide that.
     """
-    found, rejected = from_main(_newest(root) if dist.get_rank() == 0 else (None, []))
+    found, rejected = from_main(_newest(root) if dist.get_rank() == 0 else (None, {}))
     if found is None and rejected:
         raise ValueError(
-            f"checkpoint {root}: none of {len(rejected)} can be used: {'; '.join(rejected)}"
+            f"checkpoint {root}: none of {len(rejected)} can be used: "
+            f"{'; '.join(rejected.values())}"
         )
     return found, rejected
 
@@ -225,15 +233,24 @@ def load(checkpoint: Checkpoint, tensors: TensorTree) -> None:
     state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(checkpoint.folder))
 
 
-def sweep(root: Path, *, keep_last: int) -> list[Path]:
+def _val_loss(folder: Path) -> float:
+    """Return the validation loss in a checkpoint's state, infinity if it was not validated."""
+    try:
+        loss = json.loads((folder / "state.json").read_text())["metrics"]["val_loss"]
+    except (OSError, KeyError, ValueError):
+        return math.inf
+    return float(loss)
+
+
+def sweep(root: Path, newest: Path, *, keep_last: int, rejected: Collection[Path]) -> list[Path]:
     """Delete old checkpoints and abandoned staging folders; return what was deleted. Rank 0 only.
 
-    The newest `keep_last` stay and so does the one of the lowest loss.
+    `newest`, the newest `keep_last` and the one of the lowest validation loss stay. Those that were
+    `rejected` on resume are neither counted nor touched: a person may want to look at them.
     """
-    folders = [path for path in _candidates(root) if (path / "manifest.json").is_file()]
-    losses = {path: float(match[2]) for path in folders if (match := _NAME.fullmatch(path.name))}
-    best = min(losses, key=lambda path: losses[path], default=None)
-    old = [path for path in folders[keep_last:] if path != best]
+    folders = [path for path in _candidates(root) if path not in rejected]
+    best = min(folders, key=_val_loss, default=None)
+    old = [path for path in folders[keep_last:] if path not in (newest, best)]
     old += [path for path in root.iterdir() if _STAGING.fullmatch(path.name)]
     for path in old:
         shutil.rmtree(path)

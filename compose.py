@@ -68,14 +68,15 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
         FileNotFoundError: There is no such file.
         ValueError: An option is unknown, of the wrong type or out of range.
     """
+    config_name = config_name.removesuffix(".yaml")
     if not (config_dir / f"{config_name}.yaml").is_file():
         names = sorted(path.stem for path in config_dir.glob("*.yaml"))
         raise FileNotFoundError(
             f"config {config_dir}/{config_name}.yaml: not found (there are: {', '.join(names)})"
         )
     for override in overrides:
-        if override.startswith("~"):
-            raise ValueError(f"config {override}: must be name=value (~ would only hide a default)")
+        if override.startswith(("~", "hydra")):
+            raise ValueError(f"config {override}: must be name=value of an option of schema.py")
     path = config_dir / f"{config_name}.yaml"
     ConfigStore.instance().store(name="schema", node=_thaw(OmegaConf.structured(Config)))
     try:

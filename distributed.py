@@ -110,7 +110,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
-    """Join the process group, NCCL on CUDA and gloo on CPU, and leave it whatever happens.
+    """Join the process group, NCCL on CUDA and gloo on CPU, and leave it at the end.
 
     Without torchrun it is a group of one rank that needs no network port.
     """
@@ -131,10 +131,15 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
             rank=0,
             world_size=1,
         )
+    is_clean = False
     try:
         yield world
+        is_clean = True
     finally:
-        dist.destroy_process_group()
+        # After an error NCCL would wait here for peers that wait for this rank, and the message
+        # would never come; the process is about to end.
+        if is_clean or world.device.type == "cpu":
+            dist.destroy_process_group()
 
 
 def build_meshes(*, dp_outer: int, dp_shard: int | None, ep: int, device: torch.device) -> Meshes:

@@ -6,6 +6,7 @@ Labels are positions in the sorted class ids. Nothing is decoded here.
 """
 
 import gzip
+import hashlib
 import os
 import shutil
 import tarfile
@@ -19,6 +20,7 @@ Split = Literal["train", "val"]
 
 ANNOTATIONS = "val_annotations.txt"
 LAYOUTS = "<split>/<wnid>/*.JPEG, or <split>/<wnid>/images/*.JPEG and val/images/*.JPEG"
+ARCHIVE_MARKER = ".archive-sha256"
 MAX_MEMBERS = 100_000
 MAX_UNPACKED_BYTES = 1 << 30
 
@@ -41,14 +43,23 @@ def unpack_archive(root: Path) -> bool:
     Ranks may race and be killed: a staging folder beside `root` is renamed once it is complete.
 
     Raises:
-        ValueError: the archive is damaged or holds anything but plain files below `<root.name>/`.
+        ValueError: the archive is damaged, holds anything but plain files below `<root.name>/`, or
+            is not the one that `root` was unpacked from.
     """
-    if root.exists() or not (archive := root.with_name(f"{root.name}.tar.gz")).is_file():
+    archive = root.with_name(f"{root.name}.tar.gz")
+    if not archive.is_file():
+        return False
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if root.exists():
+        marker = root / ARCHIVE_MARKER
+        if marker.is_file() and marker.read_text() != found:
+            raise ValueError(f"archive {archive}: {root} is of another one; delete that folder")
         return False
     # The random ending keeps two containers apart that share a disk and see the same process id.
     prefix = f".{root.name}.staging-{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=root.parent) as staging:
         _extract(archive, Path(staging), top=root.name)
+        (Path(staging) / root.name / ARCHIVE_MARKER).write_text(found)
         try:
             (Path(staging) / root.name).rename(root)
         except OSError:
@@ -113,6 +124,12 @@ def index_images(root: Path, split: Split) -> ImageIndex:
         raise FileNotFoundError(_wrong_root(root, split, problem))
     is_annotated = (folder / "images").is_dir()
     return (_index_annotated if is_annotated else _index_class_folders)(folder, split)
+
+
+def digest(index: ImageIndex) -> str:
+    """Return a SHA-256 of the names and labels in order: what a position of the stream means."""
+    lines = (f"{path}\t{label}" for path, label in zip(index.paths, index.labels, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import platform
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -50,8 +51,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def start_wandb(project: str | None, *, mode: str, folder: Path) -> _WandbRun | None:
-    """Return a W&B run that resumes by the folder's name, or None without a project.
+def start_wandb(
+    project: str | None, *, mode: str, folder: Path, options: Mapping[str, object]
+) -> _WandbRun | None:
+    """Return a W&B run, the same one again on resume, or None without a project.
 
     Raises:
         ValueError: A project was asked for and wandb does not import.
@@ -65,8 +68,16 @@ def start_wandb(project: str | None, *, mode: str, folder: Path) -> _WandbRun | 
             f"config training.wandb.project={project}: wandb does not import ({error}); "
             "`pip install wandb`, or set it to null"
         ) from error
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex)
     run: _WandbRun = wandb.init(
-        project=project, id=folder.name, resume="allow", dir=str(folder), mode=mode
+        project=project,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(folder),
+        mode=mode,
+        config=dict(options),
     )
     return run
 
@@ -84,12 +95,13 @@ class Logbook:
         tensorboard: bool,
         wandb_project: str | None,
         wandb_mode: str,
+        options: Mapping[str, object],
     ) -> None:
         self._is_main = is_main
         self._file = self._board = self._wandb = self._bar = None
         if not is_main:
             return
-        self._wandb = start_wandb(wandb_project, mode=wandb_mode, folder=folder)
+        self._wandb = start_wandb(wandb_project, mode=wandb_mode, folder=folder, options=options)
         self._file = (folder / "log.jsonl").open("a", buffering=1)
         if tensorboard:
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -117,12 +129,15 @@ class Logbook:
         if self._wandb is not None:
             self._wandb.log(named, step=step)
 
-    def advance(self, **shown: str) -> None:
-        """Move the progress bar by one step; `shown` stands beside it until replaced."""
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
         if self._bar is not None:
-            if shown:
-                self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
+
+    def show(self, **shown: str) -> None:
+        """Let `shown` stand beside the progress bar until replaced."""
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
         """Flush and close every sink."""

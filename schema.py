@@ -114,6 +114,9 @@ class ValDataOptions:
 
     root: str | None = option(None, "dataset folder, or its val folder; null: the training root")
     batch_size: int = option(64, "images per rank", low=1)
+    img_size: Any = option(
+        None, "pixels per side; needs model.vit.dynamic_img_size; null: as trained"
+    )
     crop_ratio: float = option(
         0.875, "side of the centre crop over the resized side", low=0.01, high=1
     )
@@ -169,7 +172,7 @@ class OptimizerOptions:
     min_lr: float = option(1e-5, "learning rate at the end", low=0)
     warmup_steps: int = option(0, "updates of linear warm-up", low=0)
     weight_decay: float = option(0.05, "not on norms, biases, tokens, position embeddings", low=0)
-    betas: list[float] = option([0.9, 0.999], "AdamW's averaging factors", low=0, high=1)
+    betas: list[float] = option([0.9, 0.999], "AdamW's averaging factors", low=0, high=0.99999)
     eps: float = option(1e-8, "AdamW's epsilon", low=0)
     momentum: float = option(0.9, "SGD's momentum", low=0, high=1)
     clip_norm: float | None = option(1.0, "gradient norm limit; null: no clipping", low=1e-12)
@@ -274,9 +277,45 @@ def _check_lengths(config: Config) -> None:
             raise ValueError(f"config {name}={lengths[name][0]}: must be [lowest, highest]")
 
 
+def _refuse_changed(values: object, names: tuple[str, ...], *, prefix: str, why: str) -> None:
+    """Raise ValueError if one of the options differs from its default, since it does nothing."""
+    default = type(values)()
+    for name in names:
+        value = getattr(values, name)
+        if value != getattr(default, name):
+            raise ValueError(f"config {prefix}.{name}={value}: has no effect with {why}")
+
+
+def _check_unused(config: Config) -> None:
+    """Refuse options of things that are not in use."""
+    optimizer, wandb = config.optimizer, config.training.wandb
+    unused = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[optimizer.name]
+    why = f"optimizer.name={optimizer.name}"
+    _refuse_changed(optimizer, unused, prefix="optimizer", why=why)
+    if wandb.project is None:
+        why = "training.wandb.project=null"
+        _refuse_changed(wandb, ("mode",), prefix="training.wandb", why=why)
+
+
+def _check_val_size(config: Config) -> None:
+    """A validation size of its own and a model that takes any size need each other."""
+    vit, size = config.model.vit, config.dataset.val.img_size
+    if size is None:
+        names = ("dynamic_img_size", "dynamic_img_pad")
+        _refuse_changed(vit, names, prefix="model.vit", why="dataset.val.img_size=null")
+        return
+    _check_side("dataset.val.img_size", size)
+    if not vit.dynamic_img_size:
+        raise ValueError(
+            f"config dataset.val.img_size={size}: needs model.vit.dynamic_img_size=true"
+        )
+
+
 def _check_no_effect(config: Config) -> None:
     """Refuse settings that would do nothing in this combination."""
     model, optimizer, fsdp = config.model, config.optimizer, config.fsdp
+    if model.vit.global_pool == "":
+        raise ValueError('config model.vit.global_pool="": has no class per image to train on')
     if model.te_fp8 is not None and model.backend == "torch":
         raise ValueError(
             f"config model.te_fp8={model.te_fp8}: has no effect with model.backend=torch (use te)"
@@ -312,4 +351,6 @@ def validate(config: Config) -> Config:
     _check_side("model.vit.patch_size", config.model.vit.patch_size)
     _check_lengths(config)
     _check_no_effect(config)
+    _check_unused(config)
+    _check_val_size(config)
     return config

@@ -34,7 +34,6 @@ with warnings.catch_warnings():
     from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
 
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
-OUTER_STRATEGIES = ("no_shard", "optim")
 
 
 class _Finished:

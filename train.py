@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  # the name that everyone uses
 
 import assemble
-import checkpoint
 import compose
 import distributed
 import layers
@@ -39,9 +38,10 @@ from assemble import Run
 from distributed import World
 from imagenet_dataset import NOT_COUNTED, Batch
 from logbook import Logbook, print_table, versions
+from resume import Start, resume, save
 from schema import Config
 
-VAL_FIGURES = ("images", "loss", "top1", "top5")
+VAL_FIGURES = ("val_images", "val_loss", "top1", "top5")
 EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_INTERRUPTED = 2, 5, 130
 
 
@@ -51,18 +51,19 @@ class NonFiniteError(RuntimeError):
 
 @dataclasses.dataclass
 class Meter:
-    """Sums since the last log line; the tensors stay on the device until they are asked for."""
+    """Sums since `started`; the tensors stay on the device until they are asked for."""
 
     loss: Tensor
     grad_norm: Tensor
+    started: float
     steps: int = 0
-    train_s: float = 0.0
     data_s: float = 0.0
 
     @classmethod
     def start(cls, device: torch.device) -> Meter:
-        """Return a meter at zero."""
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+        """Return a meter at zero, its clock running."""
+        zeros = torch.zeros(2, device=device)
+        return cls(zeros[0], zeros[1], time.perf_counter())
 
 
 def smoothed_loss(logits_BY: Tensor, label_B: Tensor, *, smoothing: float) -> Tensor:
@@ -73,7 +74,6 @@ def smoothed_loss(logits_BY: Tensor, label_B: Tensor, *, smoothing: float) -> Te
 def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -> None:
     """Make optimizer update number `step` (from 0) and add its figures to `meter`."""
     o, t = run.config.optimizer, run.config.training
-    started = time.perf_counter()
     lr = optim.lr_at(
         step, peak=o.lr, final=o.min_lr, warmup_steps=o.warmup_steps, num_steps=t.steps
     )
@@ -98,12 +98,15 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
     meter.grad_norm += sharding.clip_gradients(run.shards, o.clip_norm)
     sharding.step_optimizer(run.optimizer)
     meter.steps += 1
-    meter.train_s += time.perf_counter() - started
 
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """Return loss, top-1 and top-5 (in percent) over the validation images, each once."""
+    """Return loss, top-1 and top-5 (in percent) over the validation images, each once.
+
+    Raises:
+        NonFiniteError: On every rank, if the loss is not finite.
+    """
     run.model.eval()
     sums_4 = torch.zeros(4, dtype=torch.float64, device=run.world.device)
     for batch in assemble.val_batches(run):
@@ -122,9 +125,11 @@ def validate(run: Run) -> dict[str, float]:
     run.model.train()
     dist.all_reduce(sums_4)
     count, loss_sum, top1, top5 = sums_4.tolist()
+    if not math.isfinite(loss_sum):
+        raise NonFiniteError(f"non-finite validation loss={loss_sum / count}")
     return {
-        "images": count,
-        "loss": loss_sum / count,
+        "val_images": count,
+        "val_loss": loss_sum / count,
         "top1": 100 * top1 / count,
         "top5": 100 * top5 / count,
     }
@@ -139,10 +144,11 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
     sums_2 = torch.stack([meter.loss, meter.grad_norm])
     dist.all_reduce(sums_2)
     loss, grad_norm = (sums_2 / meter.steps).tolist()
+    train_s = time.perf_counter() - meter.started  # after the sync: all that was queued is done
     grad_norm /= run.world.size  # every rank has the same norm; the loss shares add up to a mean
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError(f"non-finite loss={loss} or grad_norm={grad_norm} by step {step}")
-    images_per_s = meter.steps * run.global_batch / meter.train_s
+    images_per_s = meter.steps * run.global_batch / train_s
     peak = distributed.peak_tflops(run.world.device, run.config.training.peak_tflops)
     # Forward and backward: the backward pass has two products for each of the forward's.
     flops_per_s = 3 * run.flops_per_image * images_per_s / run.world.size
@@ -151,7 +157,7 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
         "grad_norm": grad_norm,
         "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_s": images_per_s,
-        "step_ms": 1000 * meter.train_s / meter.steps,
+        "step_ms": 1000 * train_s / meter.steps,
         "data_ms": 1000 * meter.data_s / meter.steps,
         "memory_gib": distributed.memory_gib(run.world.device),
     }
@@ -160,114 +166,58 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
     return figures
 
 
-def facts(run: Run, *, step: int, figures: Mapping[str, float]) -> dict[str, object]:
-    """Return the JSON state of a checkpoint: all that resuming needs besides the tensors."""
-    return {
-        "step": step,
-        "images_seen": step * run.global_batch,
-        "global_batch": run.global_batch,
-        "seed": run.config.training.seed,
-        "train_images": len(run.train_index.paths),
-        "world_size": run.world.size,
-        "metrics": dict(figures),
-        "config": dataclasses.asdict(run.config),
-        "versions": versions(),
-    }
-
-
-def save(run: Run, logbook: Logbook, *, step: int, figures: Mapping[str, float]) -> Path:
-    """Write a checkpoint, delete what retention lets go, and return the new folder. Collective."""
-    started = time.perf_counter()
-    folder = checkpoint.save(
-        run.folder,
-        run.tensors(),
-        state=facts(run, step=step, figures=figures),
-        loss=figures["loss"],
-    )
-    if run.world.is_main:
-        checkpoint.sweep(run.folder, keep_last=run.config.training.checkpoint.keep_last)
-    logbook.event("saved", step=step, folder=str(folder), s=round(time.perf_counter() - started, 2))
-    return folder
-
-
-def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
-    """Return the options that changed since `found` was saved.
-
-    Raises:
-        ValueError: The order of images would change, so the run could not continue exactly.
-    """
-    now = facts(run, step=found.step, figures={})
-    for name in ("global_batch", "seed", "train_images"):
-        if found.state[name] != now[name]:
-            raise ValueError(
-                f"resume {found.folder}: {name}={now[name]}, the checkpoint has "
-                f"{found.state[name]}; use the same, or another training.checkpoint.path"
-            )
-    old = dict(_flatten(found.state["config"]))
-    new = dict(_flatten(json.loads(json.dumps(now["config"]))))
-    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-
-
-def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
-
-
-def resume(run: Run) -> tuple[checkpoint.Checkpoint | None, dict[str, object]]:
-    """Load the newest complete checkpoint of the run folder, if there is one. Collective."""
-    found, rejected = checkpoint.find_newest(run.folder)
-    if found is None:
-        return None, {}
-    changed = check_resumable(run, found)
-    checkpoint.load(found, run.tensors())
-    sharding.install_weights(run.model)
-    return found, {"folder": str(found.folder), "rejected": rejected, "changed": changed}
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    staged = path.with_name(f".{path.name}.staging")
+    staged.write_text(text)
+    staged.replace(path)
 
 
 def open_folder(run: Run) -> None:
     """Make the run folder and write what identifies the run. Rank 0 writes, the others wait."""
     if run.world.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.yaml").write_text(compose.to_yaml(run.config))
-        (run.folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        write_whole(run.folder / "config.yaml", compose.to_yaml(run.config))
+        write_whole(run.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
     dist.barrier()
 
 
-def fit(run: Run, logbook: Logbook, *, start_step: int) -> tuple[Path, dict[str, float]]:
-    """Run updates `start_step` to the last; return the last checkpoint and its figures."""
+def fit(run: Run, logbook: Logbook, *, start: Start) -> tuple[Path, dict[str, float]]:
+    """Run the updates from `start` to the last; return the last checkpoint and its figures."""
     t = run.config.training
-    batches = assemble.train_batches(run, start_step=start_step)
-    meter, total_s = Meter.start(run.world.device), 0.0
-    folder, figures = run.folder, dict[str, float]()
-    for done in range(start_step + 1, t.steps + 1):
+    batches = assemble.train_batches(run, start_step=start.step)
+    meter, images, train_s = Meter.start(run.world.device), 0, 0.0
+    folder = run.folder
+    figures: dict[str, float] = {}
+    for done in range(start.step + 1, t.steps + 1):
         train_step(run, batches, step=done - 1, meter=meter)
+        logbook.advance()
         is_validating = done % t.val_interval == 0 or done == t.steps
         is_saving = done % (t.checkpoint.interval or t.val_interval) == 0 or done == t.steps
-        if is_saving or is_validating or done % t.log_interval == 0:
-            total_s += meter.train_s
-            figures = read_meter(run, meter, step=done)
-            logbook.metrics("train", step=done, values=figures)
-            meter = Meter.start(run.world.device)
-        logbook.advance(loss=f"{figures.get('loss', math.nan):.3f}")
+        if not (is_saving or is_validating or done % t.log_interval == 0):
+            continue
+        figures = read_meter(run, meter, step=done)
+        logbook.metrics("train", step=done, values=figures)
+        logbook.show(loss=f"{figures['loss']:.3f}")
+        images += meter.steps * run.global_batch
+        train_s += meter.steps * figures["step_ms"] / 1000
+        figures["images_per_s"] = images / train_s  # of the whole run, in the checkpoint
         if is_validating:
             figures |= validate(run)
             logbook.metrics("val", step=done, values={key: figures[key] for key in VAL_FIGURES})
         if is_saving:
-            figures["images_per_s"] = (done - start_step) * run.global_batch / total_s
-            folder = save(run, logbook, step=done, figures=figures)
+            folder = save(run, logbook, step=done, figures=figures, rejected=start.rejected)
+        meter = Meter.start(run.world.device)
     return folder, figures
 
 
-def print_outcome(run: Run, folder: Path, figures: Mapping[str, object]) -> None:
+def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> None:
     """Print the run's last table: how good, how fast, where it is, what to type next."""
     python = shlex.quote(os.path.relpath(sys.executable))
     rows = {
-        "top-1": f"{figures['top1']:.2f} % of {figures['images']:.0f} validation images",
+        "top-1": f"{figures['top1']:.2f} % of {figures['val_images']:.0f} validation images",
         "top-5": f"{figures['top5']:.2f} %",
-        "validation loss": f"{figures['loss']:.4f}",
+        "validation loss": f"{figures['val_loss']:.4f}",
         "speed": f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)",
         "checkpoint": str(folder),
         "log": f"{run.folder}/log.jsonl",
@@ -281,30 +231,36 @@ def train(config: Config, world: World) -> None:
     """Start or resume the run that `config` describes and train it to its last step."""
     distributed.require_equal("config", compose.to_yaml(config))
     run, choices = assemble.prepare(config, world)
+    start = resume(run)
     open_folder(run)
-    found, resumed = resume(run)
     t = config.training
     logbook = Logbook(
         run.folder,
         is_main=world.is_main,
-        step=found.step if found else 0,
+        step=start.step,
         num_steps=t.steps,
         tensorboard=t.tensorboard,
         wandb_project=t.wandb.project,
         wandb_mode=t.wandb.mode,
+        options=dataclasses.asdict(config),
     )
     try:
         logbook.event("run", **choices)
-        if found is not None:
-            logbook.event("resumed", step=found.step, **resumed)
-        if found is not None and found.step >= t.steps:
-            folder, figures = found.folder, found.metrics
+        for path, reason in start.rejected.items():
+            logbook.event("rejected", folder=str(path), reason=reason)
+        if start.found is not None:
+            where = str(start.found.folder)
+            logbook.event("resumed", step=start.step, folder=where, changed=start.changed)
+        if start.found is not None and start.step == t.steps:
+            folder, figures = start.found.folder, start.found.metrics
+            if "top1" not in figures:  # saved between validations, and training.steps lowered to it
+                figures |= validate(run)
         else:
-            folder, figures = fit(run, logbook, start_step=found.step if found else 0)
+            folder, figures = fit(run, logbook, start=start)
     finally:
         logbook.close()
     if world.is_main:
-        print_outcome(run, folder, figures)
+        print_outcome(run, folder, figures=figures)
 
 
 def parse(argv: list[str]) -> Config:
@@ -316,6 +272,7 @@ def parse(argv: list[str]) -> Config:
     )
     parser.add_argument("--config-name", "-cn", default="vit_tiny_patch8_64", metavar="NAME")
     parser.add_argument("--config-dir", "-cd", type=Path, default=compose.CONFIG_DIR)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--print-config", action="store_true", help="print all options and exit")
     parser.add_argument("overrides", nargs="*", metavar="name=value")
     arguments = parser.parse_intermixed_args(argv)
@@ -328,6 +285,12 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
+def last_line(error: BaseException) -> str:
+    """Return what went wrong in one line; a loader worker's error has its traceback before it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code and print one line for what a user did wrong."""
     try:
@@ -336,9 +299,11 @@ def main(argv: list[str]) -> int:
             config.device, timeout_s=config.distributed.timeout_s
         ) as world:
             train(config, world)
-    except (ValueError, FileNotFoundError, ImportError, NonFiniteError) as error:
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        if "--debug" in argv:
+            raise
         rank, _, _ = distributed.launch_facts()
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        print(f"error (rank {rank}): {last_line(error)}", file=sys.stderr, flush=True)
         return EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_OPTIONS
     except KeyboardInterrupt:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
@@ -347,4 +312,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code:
+        # Not sys.exit: on CUDA the interpreter's end would wait for ranks that wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import assemble
 import compose
 import distributed
+import optim
 import train
 from imagenet_dataset import Batch
 from logbook import versions
@@ -46,9 +47,11 @@ def plain_step(
 ) -> Callable[[], Tensor]:
     """Return a function that makes one training step the way a plain script does."""
     o, t = config.optimizer, config.training
+    groups = optim.parameter_groups(model.named_parameters(), weight_decay=o.weight_decay)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.lr, betas=(0.9, 0.999), weight_decay=o.weight_decay, fused=fused
+        [dict(group) for group in groups], betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=fused
     )
+    optim.set_lr(optimizer, o.lr)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -83,7 +86,7 @@ def build_steps(config: Config, world: distributed.World) -> dict[str, Callable[
     generator = torch.Generator().manual_seed(0)
     size = config.dataset.train.batch_size
     batch = Batch(
-        torch.randn(size, 3, *assemble.image_hw(config), generator=generator),
+        torch.randn(size, 3, *assemble.height_width(vit.img_size), generator=generator),
         torch.randint(0, vit.num_classes, (size,), generator=generator),
         torch.arange(size),
     )

@@ -74,7 +74,7 @@ def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = 180) -> l
     return results
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ranks() -> Callable:
     """The function `ranks(n, fn, *args)`: results of `fn(world, *args)` on n gloo ranks."""
     return run_ranks

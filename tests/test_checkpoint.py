@@ -29,7 +29,11 @@ def newest(world, root):
     loaded = tensors(-1.0)
     if found is not None:
         checkpoint.load(found, loaded)
-    return found and found.step, rejected, loaded["model"]["weight"].unique().tolist()
+    return (
+        found and found.step,
+        list(rejected.values()),
+        loaded["model"]["weight"].unique().tolist(),
+    )
 
 
 def test_saved_values_come_back_from_the_newest_step(ranks, tmp_path):
@@ -124,7 +128,8 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(ranks, tmp_path):
         ranks(1, die_before_the_rename)
     assert len(list(tmp_path.glob(".staging-*"))) == 1
     assert ranks(1, newest, tmp_path)[0] == (1, [], [1.0])
-    checkpoint.sweep(tmp_path, keep_last=1)
+    newest_folder = tmp_path / "step_1_loss_1.500"
+    checkpoint.sweep(tmp_path, newest_folder, keep_last=1, rejected=())
     assert [path.name for path in tmp_path.iterdir()] == ["step_1_loss_1.500"]
 
 
@@ -161,15 +166,68 @@ def test_load_lists_differences_before_touching_a_tensor(ranks, tmp_path, wanted
     assert all(ranks(1, refused)[0])
 
 
-def test_sweep_keeps_the_newest_and_the_best(ranks, tmp_path):
-    def three(world):
-        for step, loss in ((1, 0.5), (2, 0.9), (3, 0.8), (4, 0.7)):
-            save(tmp_path, step, 0.0, loss=loss)
+def save_losses(world, root, losses):
+    for step, (loss, val_loss) in enumerate(losses, start=1):
+        metrics = {"loss": loss} | ({} if val_loss is None else {"val_loss": val_loss})
+        state = {"step": step, "metrics": metrics}
+        checkpoint.save(root, tensors(0.0), state=state, loss=val_loss or loss)
 
-    ranks(1, three)
-    assert [path.name for path in checkpoint.sweep(tmp_path, keep_last=2)] == ["step_2_loss_0.900"]
+
+def test_sweep_keeps_the_newest_and_the_best_validated_one(ranks, tmp_path):
+    # Step 2 has the lowest loss of all, but it is a training loss.
+    losses = [(0.9, 0.5), (0.1, None), (0.9, 0.9), (0.9, 0.8), (0.9, 0.7)]
+    ranks(1, save_losses, tmp_path, losses)
+    newest_folder = tmp_path / "step_5_loss_0.700"
+    deleted = checkpoint.sweep(tmp_path, newest_folder, keep_last=2, rejected=())
+    assert sorted(path.name for path in deleted) == ["step_2_loss_0.100", "step_3_loss_0.900"]
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["step_1_loss_0.500", "step_3_loss_0.800", "step_4_loss_0.700"]
+    assert left == ["step_1_loss_0.500", "step_4_loss_0.800", "step_5_loss_0.700"]
+
+
+def test_sweep_neither_counts_nor_deletes_rejected_ones_and_never_what_was_just_saved(
+    ranks, tmp_path
+):
+    ranks(1, save_losses, tmp_path, [(0.9, 0.9)] * 5)
+    folders = sorted(tmp_path.iterdir())
+    rejected, newest_folder = folders[3:], folders[2]
+    deleted = checkpoint.sweep(tmp_path, newest_folder, keep_last=1, rejected=rejected)
+    assert deleted == [folders[1], folders[0]], "of equals the newest is the best"
+    assert newest_folder.is_dir()
+    assert all(path.is_dir() for path in rejected)
+
+
+def test_data_files_are_written_by_one_thread(ranks, tmp_path, monkeypatch):
+    """With more, DCP reports a full disk as success (pytorch/pytorch#191391)."""
+    seen = []
+    real = checkpoint.FileSystemWriter
+
+    def noted(*args, **kwargs):
+        seen.append(kwargs)
+        return real(*args, **kwargs)
+
+    def watched(world):
+        checkpoint.FileSystemWriter = noted
+        save(tmp_path, 1, 0.0)
+        return seen
+
+    assert ranks(1, watched)[0] == [{"thread_count": 1, "sync_files": True}]
+
+
+def test_a_rank_that_cannot_write_is_an_error_of_one_line_on_every_rank(ranks, tmp_path):
+    real = checkpoint.FileSystemWriter
+
+    class Full(real):
+        def write_data(self, plan, planner):
+            raise OSError(28, "No space left on device")
+
+    def failing(world):
+        if world.rank == 1:
+            checkpoint.FileSystemWriter = Full
+        with pytest.raises(OSError, match=r"rank 1: .*No space left"):
+            save(tmp_path, 1, 0.0)
+
+    ranks(2, failing)
+    assert not list(tmp_path.glob("step_*"))
 
 
 def test_files_are_not_writable_by_others(ranks, tmp_path):

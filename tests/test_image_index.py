@@ -245,3 +245,18 @@ def test_unpack_refuses_a_damaged_archive(tmp_path, damage):
     with pytest.raises(ValueError, match=r"set\.tar\.gz: damaged"):
         unpack_archive(tmp_path / "set")
     assert [p.name for p in tmp_path.iterdir()] == ["set.tar.gz"]
+
+
+def test_an_archive_that_changed_since_it_was_unpacked_is_noticed(tmp_path):
+    archive_of(tmp_path / "set.tar.gz", GOOD)
+    assert unpack_archive(tmp_path / "set")
+    assert not unpack_archive(tmp_path / "set"), "the same one is fine"
+    archive_of(tmp_path / "set.tar.gz", [*GOOD, ("set/new.txt", b"new", {})])
+    with pytest.raises(ValueError, match=r"set is of another one; delete that folder"):
+        unpack_archive(tmp_path / "set")
+
+
+def test_a_folder_that_was_not_unpacked_is_used_as_it_is(tmp_path):
+    archive_of(tmp_path / "set.tar.gz", GOOD)
+    (tmp_path / "set").mkdir()
+    assert not unpack_archive(tmp_path / "set")

@@ -28,7 +28,8 @@ LEVELS = {
     "vit_options": 2,
     "vit": 3,
     "assemble": 4,
-    "train": 5,
+    "resume": 5,
+    "train": 6,
 }
 # The one file that may import each of these libraries.
 SEAMS = {

@@ -306,6 +306,40 @@ def test_bf16_main_weights_start_from_unrounded_values(ranks, strategy):
     assert worst_error(ranks(2, bf16_parts), fp32) == 0
 
 
+def norm_and_gradients(world, max_norm):
+    model, shards = shard(world, small_vit())
+    optimizer = make_optimizer("sgd", [(s.name, s.local) for s in shards])
+    sharding.shard_optimizer(optimizer)
+    rows = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
+    image_BCHW, label_B = batch(0, 0)
+    with sharding.microbatch(model, is_last=True):
+        (F.cross_entropy(model(image_BCHW[rows]), label_B[rows]) / world.size).backward()
+    sharding.finish_gradients(model, shards)
+    norm = sharding.clip_gradients(shards, max_norm).item()
+    return norm, [
+        (s.name, s.full_slice(), s.local.grad) for s in shards if s.local.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e3])
+def test_small_gradients_are_left_as_they_are(ranks, max_norm):
+    model = small_vit()
+    image_BCHW, label_B = batch(0, 0)
+    F.cross_entropy(model(image_BCHW), label_B).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()])
+    results = ranks(2, norm_and_gradients, max_norm)
+    for found, _ in results:
+        assert found == pytest.approx(norm, rel=1e-5)
+    full = {name: torch.zeros_like(gradient) for name, gradient in expected.items()}
+    for _, rank_parts in results:
+        for name, where, gradient in rank_parts:
+            full[name][where] = gradient
+    flat = torch.cat([full[name].flatten() for name in expected])
+    assert (flat - whole).norm() <= 1e-5 * norm
+
+
 def load_and_list(world, full):
     model, shards = shard(world, small_vit(seed=1))
     sharding.load_full(shards, full)

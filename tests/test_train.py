@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,12 @@ from torch.nn import functional as F
 
 import assemble
 import checkpoint
+import distributed
+import optim
 import sharding
 import train
 from imagenet_dataset import NOT_COUNTED
+from tests.test_sharding import parts, worst_error
 
 # Dropout of every kind, a decaying learning rate, and steps that cross the edges of epochs:
 # 12 steps of 2 ranks x 2 microbatches x 5 images are 10 epochs of 24.
@@ -43,7 +48,7 @@ def digest(tree) -> str:
         tensor = flat[name]
         local = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
         hasher.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
-        hasher.update(local.detach().contiguous().numpy().tobytes())
+        hasher.update(local.detach().cpu().contiguous().numpy().tobytes())
     return hasher.hexdigest()
 
 
@@ -62,8 +67,8 @@ def train_and_watch(world, config, stop_before):
         positions = [p for b in noted for p in b.position_B.tolist()]
         seen.append((step, positions, pixels, run.optimizer.param_groups[0]["lr"]))
 
-    def fit_and_keep(run, logbook, *, start_step):
-        outcome = real_fit(run, logbook, start_step=start_step)
+    def fit_and_keep(run, logbook, *, start):
+        outcome = real_fit(run, logbook, start=start)
         final.append(digest(run.tensors()))
         return outcome
 
@@ -89,10 +94,118 @@ def test_stop_after_7_of_12_steps_and_resume_is_12_steps_bit_for_bit(
         assert final_after == final, "same weights and optimizer state"
 
 
+LOOP = [
+    "training.steps=3",
+    "training.log_interval=1",
+    "training.val_interval=3",
+    "training.grad_accum_steps=2",
+    "training.label_smoothing=0.1",
+    "optimizer.warmup_steps=2",
+    "optimizer.eps=1e-5",
+    "optimizer.clip_norm=0.5",
+]
+
+
+def plain_loop(world, config):
+    """The same steps in plain PyTorch, written down again from the options."""
+    run, _ = assemble.prepare(config, world)
+    o, accum = config.optimizer, config.training.grad_accum_steps
+    model = assemble.build_model(config, backend="torch", on_meta=False)
+    groups = optim.parameter_groups(model.named_parameters(), weight_decay=o.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=tuple(o.betas), eps=o.eps)
+    batches = assemble.train_batches(run, start_step=0)
+    lines = []
+    for step in range(config.training.steps):
+        half_cosine = 0.5 * (1 + math.cos(math.pi * (step - 2)))
+        lr = o.lr * (step + 1) / 2 if step < 2 else o.min_lr + (o.lr - o.min_lr) * half_cosine
+        optimizer.zero_grad()
+        losses = []
+        for _ in range(accum):
+            batch = next(batches)
+            loss = F.cross_entropy(model(batch.image_BCHW), batch.label_B, label_smoothing=0.1)
+            (loss / accum).backward()
+            losses.append(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        lines.append({"loss": sum(losses) / accum, "grad_norm": norm, "lr": lr})
+    return {name: p.detach() for name, p in model.named_parameters()}, lines
+
+
+def loop_parts(world, config):
+    """Train through train.train and return this rank's part of the weights."""
+    kept = []
+    real_fit = train.fit
+
+    def fit_and_keep(run, logbook, *, start):
+        outcome = real_fit(run, logbook, start=start)
+        kept.extend(parts(run.shards))
+        return outcome
+
+    train.fit = fit_and_keep
+    train.train(config, world)
+    return kept
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 6), (2, 3)])
+def test_the_loop_is_the_plain_loop(ranks, small_run, tmp_path, world_size, batch_size):
+    """Weights, logged loss, gradient norm and learning rate, at any split of the global batch."""
+    expected, lines = ranks(1, plain_loop, small_run(*LOOP, "dataset.train.batch_size=6"))[0]
+    config = small_run(*LOOP, f"dataset.train.batch_size={batch_size}")
+    found = ranks(world_size, loop_parts, config)
+    assert worst_error(found, expected) <= 1e-5
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    logged = [line for line in log if line["event"] == "train"]
+    assert len(logged) == 3
+    assert max(line["grad_norm"] for line in lines) > 0.5, "clipping must act"
+    for line, plain in zip(logged, lines, strict=True):
+        for name, value in plain.items():
+            assert line[name] == pytest.approx(value, rel=2e-5), name
+
+
+def test_the_loop_seeds_and_communicates_as_it_says(ranks, small_run):
+    def watched(world, config):
+        seeds, lasts = [], []
+        real_seed, real_microbatch = distributed.seed_step, sharding.microbatch
+
+        def seed_step(seed, *, step, microbatch, rank):
+            seeds.append((seed, step, microbatch, rank))
+            real_seed(seed, step=step, microbatch=microbatch, rank=rank)
+
+        def microbatch(model, *, is_last):
+            lasts.append(is_last)
+            return real_microbatch(model, is_last=is_last)
+
+        distributed.seed_step, sharding.microbatch = seed_step, microbatch
+        train.train(config, world)
+        return seeds, lasts
+
+    options = ["training.steps=2", "training.grad_accum_steps=2", "training.seed=5"]
+    for rank, (seeds, lasts) in enumerate(ranks(2, watched, small_run(*options))):
+        assert seeds == [(5, step, part, rank) for step in (0, 1) for part in (0, 1)]
+        assert lasts == [False, True, False, True]
+
+
+def test_the_loop_keeps_as_many_checkpoints_as_asked(ranks, small_run, tmp_path):
+    options = ["training.steps=4", "training.val_interval=1", "training.checkpoint.keep_last=1"]
+    ranks(1, lambda world: train.train(small_run(*options), world))
+    folders = [path for path in (tmp_path / "run").glob("step_*")]
+    assert len(folders) <= 2, "the newest, and the best if it is another"
+    assert any(path.name.startswith("step_4_") for path in folders)
+
+
+def test_ranks_with_different_options_are_refused(ranks, small_run):
+    def refused(world):
+        config = small_run(f"optimizer.lr={1e-3 + world.rank * 1e-4}")
+        with pytest.raises(ValueError, match=r"config differs between ranks: rank 0: lr: 0.001; "):
+            train.train(config, world)
+
+    ranks(2, refused)
+
+
 def test_dropout_differs_between_steps_ranks_and_microbatches(ranks, small_run):
     def draws(world):
-        import distributed
-
         values = []
         for step in (0, 1):
             for microbatch in (0, 1):
@@ -125,9 +238,9 @@ def test_validation_counts_each_image_once_at_any_world_size(ranks, small_run):
         assert all(result == results[0][0] for result, _ in results), "ranks agree"
         figures[world_size] = results[0][0]
     for world_size in (2, 3):
-        assert figures[world_size]["images"] == 7
+        assert figures[world_size]["val_images"] == 7
         assert figures[world_size]["top1"] == figures[1]["top1"]
-        assert figures[world_size]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-6)
+        assert figures[world_size]["val_loss"] == pytest.approx(figures[1]["val_loss"], rel=1e-6)
 
 
 def test_validation_figures_equal_a_plain_loop(ranks, small_run):
@@ -147,7 +260,7 @@ def test_validation_figures_equal_a_plain_loop(ranks, small_run):
 
     top1, loss = ranks(1, plain)[0]
     assert figures["top1"] == pytest.approx(top1)
-    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert figures["top5"] == 100, "three classes"
 
 
@@ -197,7 +310,7 @@ def test_a_complete_run_says_so_and_trains_no_further(ranks, small_run, tmp_path
         ("model.vit.depth=3", r"missing model.blocks.2.attn"),
         ("model.vit.embed_dim=72", r"cls_token is \(1, 1, 36\) torch.float32, the model has"),
         ("model.vit.pre_norm=true", r"missing model.norm_pre.weight"),
-        ("optimizer.name=sgd", r"unexpected optimizer.*exp_avg"),
+        ("optimizer.name=sgd optimizer.betas=[0.9,0.999]", r"unexpected optimizer.*exp_avg"),
     ],
 )
 def test_resume_refuses_what_would_not_continue_the_run(ranks, small_run, change, message):
@@ -205,7 +318,7 @@ def test_resume_refuses_what_would_not_continue_the_run(ranks, small_run, change
 
     def refused(world):
         with pytest.raises(ValueError, match=message):
-            train.train(small_run("training.steps=2", change), world)
+            train.train(small_run("training.steps=2", *change.split()), world)
 
     ranks(1, refused)
 
@@ -244,6 +357,63 @@ def test_non_finite_loss_stops_the_run_and_saves_nothing(ranks, small_run, tmp_p
     assert not list((tmp_path / "run").glob("step_*"))
 
 
+def test_non_finite_validation_stops_every_rank_and_saves_nothing(ranks, small_run, tmp_path):
+    options = ["training.steps=1", "optimizer.lr=1e30", "optimizer.clip_norm=null"]
+
+    def stopped(world):
+        with pytest.raises(train.NonFiniteError, match=r"non-finite validation loss="):
+            train.train(small_run(*options), world)
+
+    ranks(2, stopped)
+    assert [path.name for path in (tmp_path / "run").glob("*step*")] == []
+
+
+def test_a_checkpoint_between_validations_can_end_a_run(ranks, small_run, tmp_path, capfd):
+    options = ["training.val_interval=10", "training.checkpoint.interval=2"]
+    config = small_run(*options, "training.steps=4")
+    ranks(1, lambda world: train.train(config, world))
+    for folder in (tmp_path / "run").glob("step_4_*"):
+        shutil.rmtree(folder)
+    capfd.readouterr()
+    config = small_run(*options, "training.steps=2")
+    ranks(1, lambda world: train.train(config, world))
+    assert "% of 7 validation images" in capfd.readouterr().out
+
+
+def test_a_refused_resume_leaves_the_run_folder_alone(ranks, small_run, tmp_path):
+    ranks(1, lambda world: train.train(small_run("training.steps=1"), world))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    def refused(world):
+        with pytest.raises(ValueError, match="seed=7"):
+            train.train(small_run("training.steps=1", "training.seed=7"), world)
+
+    ranks(1, refused)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_resume_refuses_other_images_of_the_same_number(ranks, small_run, image_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(image_folder, copy)
+    config = small_run("training.steps=1", f"dataset.train.root={copy}")
+    ranks(1, lambda world: train.train(config, world))
+    first = min((copy / "train").rglob("*.JPEG"))
+    first.rename(first.with_name("renamed.JPEG"))
+
+    def refused(world):
+        with pytest.raises(ValueError, match="dataset_sha256="):
+            train.train(config, world)
+
+    ranks(1, refused)
+
+
+def test_validation_at_another_size(ranks, small_run):
+    options = ["model.vit.dynamic_img_size=true", "dataset.val.img_size=48"]
+    figures, _ = ranks(1, validate_small, small_run(*options))[0]
+    assert figures["val_images"] == 7
+    assert figures != ranks(1, validate_small, small_run())[0][0]
+
+
 def test_loss_equals_its_closed_form():
     logits_BY = torch.tensor([[2.0, 0.0, -1.0]])
     log_p = (logits_BY - logits_BY.logsumexp(1, keepdim=True))[0]
@@ -266,6 +436,7 @@ def test_the_command_line_trains_and_a_second_call_resumes(image_folder, tmp_pat
         "model.vit.num_classes=3",
         "model.vit.depth=1",
         "optimizer.warmup_steps=0",
+        "device=cpu",
         f"dataset.train.root={image_folder}",
         "dataset.train.batch_size=4",
         f"training.checkpoint.path={tmp_path}/run",
