@@ -1,7 +1,12 @@
 """Shared test tools: a runner of gloo ranks, and small datasets."""
 
-import multiprocessing
 import os
+
+# Ranks are forked from this process, so it must have no thread pool. Not torch.set_num_threads:
+# that makes a pool, which a child's threads then race to throw away ("Invalid thread pool").
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+import multiprocessing
 import pickle
 import socket
 import traceback
@@ -10,13 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import compose
 import distributed
-
-torch.set_num_threads(1)  # children are forked: no OpenMP pool may exist in this process
 
 
 def _free_port() -> int:
