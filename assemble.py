@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,12 +21,16 @@ import checkpoint
 import distributed
 import image_index
 import imagenet_dataset
+import kernels
 import layers
+import moe
 import optim
 import sharding
+from balance import Coefficients
 from distributed import World
 from image_index import ImageIndex
 from imagenet_dataset import Batch
+from routers import Router
 from schema import Config
 from sharding import Shard
 from vit import Block, VisionTransformer
@@ -78,14 +82,73 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def build_model(config: Config, *, backend: str, on_meta: bool) -> VisionTransformer:
-    """Build the ViT, on the meta device or the CPU; its values depend on seed and names alone."""
+def moe_factory(
+    config: Config, exchange: moe.Exchange | None, device: torch.device
+) -> Callable[[int], nn.Module | None]:
+    """Return the function from a block's number to its mixture of experts, None for a dense one."""
+    o, vit = config.model.moe, config.model.vit
+    blocks = moe.expert_blocks(depth=vit.depth, every_n=o.every_n, last_n=o.last_n, blocks=o.blocks)
+    backend, _ = kernels.resolve_kernels(o.kernels, device)
+    coefs = Coefficients(
+        importance=o.importance_coef,
+        load=o.load_coef,
+        switch=o.switch_coef,
+        sequence=o.sequence_coef,
+        z=o.z_coef,
+    )
+
+    def build(block: int) -> nn.Module | None:
+        if block not in blocks:
+            return None
+        router = Router(
+            vit.embed_dim,
+            o.num_experts,
+            top_k=o.top_k,
+            kind=o.router,
+            normalize=o.normalize,
+            noise_std=o.noise_std,
+            jitter=o.jitter,
+            capacity_factor=o.capacity_factor,
+            forced_balance=o.forced_balance,
+            coefs=coefs,
+        )
+        width = int(vit.embed_dim * o.shared_ratio)
+        return moe.MoE(
+            vit.embed_dim,
+            int(vit.embed_dim * o.mlp_ratio),
+            router=router,
+            activation=o.activation,
+            shared=layers.Mlp(vit.embed_dim, width) if width else None,
+            kernel_backend=backend,
+            exchange=exchange,
+            sum_over_ranks=distributed.sum_over_ranks,
+        )
+
+    return build
+
+
+def build_model(
+    config: Config,
+    *,
+    backend: str,
+    on_meta: bool,
+    exchange: moe.Exchange | None = None,
+    device: torch.device | None = None,
+) -> VisionTransformer:
+    """Build the ViT, on the meta device or the CPU; its values depend on seed and names alone.
+
+    `exchange` is how experts are shared out among ranks, None for all of them here; `device` is
+    where the model will compute, which decides the expert kernels.
+    """
     options = dataclasses.asdict(config.model.vit)
     for name in ("img_size", "patch_size"):
         if isinstance(options[name], list):
             options[name] = height_width(options[name])
+    ffn = None
+    if config.model.moe.num_experts:
+        ffn = moe_factory(config, exchange, device or torch.device("cpu"))
     with torch.device("meta") if on_meta else contextlib.nullcontext():
-        return VisionTransformer(**options, backend=backend, seed=config.training.seed)
+        return VisionTransformer(**options, backend=backend, ffn=ffn, seed=config.training.seed)
 
 
 def unpack_once(root: Path, world: World) -> None:
@@ -171,7 +234,13 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         device=world.device,
     )
     # The library cannot shard nothing from the meta device, and there is then nothing to save.
-    vit = build_model(config, backend=backend, on_meta=strategy != "no_shard")
+    vit = build_model(
+        config,
+        backend=backend,
+        on_meta=strategy != "no_shard",
+        exchange=distributed.expert_exchange(meshes) if meshes.ep > 1 else None,
+        device=world.device,
+    )
     check_fp8(config, vit.options)
     train_index, val_index = find_images(config, world)
     model = sharding.shard_model(

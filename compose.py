@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from schema import Config, validate, walk
+from schema import Config, walk
+from validation import validate
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
 

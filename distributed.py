@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seeds import stable_seed
@@ -167,6 +168,79 @@ def seed_step(seed: int, *, step: int, microbatch: int, rank: int) -> None:
     The draws are a function of (seed, step, microbatch, rank), so resuming needs no RNG state.
     """
     torch.manual_seed(stable_seed(seed, "step", step, microbatch, rank))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        del ctx
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        del ctx
+        # Every rank computes the same loss from the same total, so the sum of the ranks'
+        # gradients is one of them times their number: no second collective.
+        return grads[0] * dist.get_world_size()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the sum of `value` over all ranks, differentiable. Collective.
+
+    For statistics from which every rank computes the same loss L: if each rank then takes the
+    gradient of L / ranks and gradients are summed over ranks, the result is the gradient of L.
+    """
+    return _SumOverRanks.apply(value)
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x_RD: Tensor,
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.splits = (send, receive, group)  # type: ignore[attr-defined]
+        y_ND = x_RD.new_empty(sum(receive), *x_RD.shape[1:])
+        dist.all_to_all_single(y_ND, x_RD.contiguous(), receive, send, group=group)
+        return y_ND
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        send, receive, group = ctx.splits  # type: ignore[attr-defined]
+        back_RD = _ExchangeRows.apply(grads[0], receive, send, group)
+        return back_RD, None, None, None
+
+
+@dataclass(frozen=True)
+class ExpertExchange:
+    """The expert-parallel group of this rank, as moe.py sees it: who has which expert, and mail."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+
+    def counts(self, send_Ee: Tensor) -> Tensor:
+        """Return how many rows arrive: [ep, experts here] sent per peer -> the same, received."""
+        received_Ee = torch.empty_like(send_Ee)
+        dist.all_to_all_single(received_Ee, send_Ee.contiguous(), group=self.group)
+        return received_Ee
+
+    def rows(self, x_RD: Tensor, *, send: list[int], receive: list[int]) -> Tensor:
+        """Send `send[p]` rows to each peer p, in order, and return what arrives; differentiable."""
+        return _ExchangeRows.apply(x_RD, send, receive, self.group)
+
+
+def expert_exchange(meshes: Meshes) -> ExpertExchange:
+    """Return the exchange over the mesh's `ep` axis."""
+    axis = meshes.expert["ep"]
+    return ExpertExchange(axis.size(), axis.get_local_rank(), axis.get_group())
 
 
 def from_main(value: T) -> T:

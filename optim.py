@@ -15,6 +15,7 @@ from torch import nn
 
 # Parameters that are positions or tokens, not linear maps; matched by the last part of the name.
 NO_DECAY_NAMES = ("cls_token", "reg_token", "pos_embed", "dist_token")
+BIAS_NAMES = ("bias", "b_in", "b_out")  # experts' biases are 2-D, one row per expert
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -32,7 +33,7 @@ def has_decay(name: str, num_dims: int) -> bool:
     Source: the rule of timm's `param_groups_weight_decay` with ViT's `no_weight_decay` list.
     """
     last = name.rsplit(".", 1)[-1]
-    return num_dims > 1 and last != "bias" and last not in NO_DECAY_NAMES
+    return num_dims > 1 and last not in (*BIAS_NAMES, *NO_DECAY_NAMES)
 
 
 def parameter_groups(

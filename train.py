@@ -32,6 +32,7 @@ import assemble
 import compose
 import distributed
 import layers
+import moe
 import optim
 import sharding
 from assemble import Run
@@ -41,7 +42,7 @@ from logbook import Logbook, print_table, versions
 from resume import Start, resume, save
 from schema import Config
 
-VAL_FIGURES = ("val_images", "val_loss", "top1", "top5")
+LEAST_LOAD, MOST_LOAD = "least_load.", "most_load."
 EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_INTERRUPTED = 2, 5, 130
 
 
@@ -54,6 +55,7 @@ class Meter:
     """Sums since `started`; the tensors stay on the device until they are asked for."""
 
     loss: Tensor
+    balance: Tensor
     grad_norm: Tensor
     started: float
     steps: int = 0
@@ -62,8 +64,8 @@ class Meter:
     @classmethod
     def start(cls, device: torch.device) -> Meter:
         """Return a meter at zero, its clock running."""
-        zeros = torch.zeros(2, device=device)
-        return cls(zeros[0], zeros[1], time.perf_counter())
+        zeros = torch.zeros(3, device=device)
+        return cls(zeros[0], zeros[1], zeros[2], time.perf_counter())
 
 
 def smoothed_loss(logits_BY: Tensor, label_B: Tensor, *, smoothing: float) -> Tensor:
@@ -92,8 +94,10 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
             with layers.fp8_context(run.config.model.te_fp8):
                 logits_BY = run.model(image_BCHW)
             loss = smoothed_loss(logits_BY, label_B, smoothing=t.label_smoothing) * share
-            loss.backward()
+            balance = moe.balance_loss(run.model) * share
+            (loss + balance).backward()
         meter.loss += loss.detach()
+        meter.balance += balance.detach()
     sharding.finish_gradients(run.model, run.shards)
     meter.grad_norm += sharding.clip_gradients(run.shards, o.clip_norm)
     sharding.step_optimizer(run.optimizer)
@@ -109,6 +113,7 @@ def validate(run: Run) -> dict[str, float]:
     """
     run.model.eval()
     sums_4 = torch.zeros(4, dtype=torch.float64, device=run.world.device)
+    loads: list[dict[str, Tensor]] = []
     for batch in assemble.val_batches(run):
         # Every rank runs every batch, since the forward is collective; padding is not counted.
         image_BCHW = batch.image_BCHW.to(run.world.device, run.dtype, non_blocking=True)
@@ -119,6 +124,7 @@ def validate(run: Run) -> dict[str, float]:
         best_Bk = logits_BY.topk(min(5, logits_BY.shape[1]), dim=1).indices
         is_hit_Bk = best_Bk == label_B[:, None]
         loss = F.cross_entropy(logits_BY, label_B, reduction="sum")
+        loads.append(moe.expert_load(run.model))
         sums_4 += torch.stack(
             [is_real_B.sum(), loss.double(), is_hit_Bk[:, :1].sum(), is_hit_Bk.sum()]
         ).double()
@@ -127,12 +133,30 @@ def validate(run: Run) -> dict[str, float]:
     count, loss_sum, top1, top5 = sums_4.tolist()
     if not math.isfinite(loss_sum):
         raise NonFiniteError(f"non-finite validation loss={loss_sum / count}")
-    return {
+    figures = {
         "val_images": count,
         "val_loss": loss_sum / count,
         "top1": 100 * top1 / count,
         "top5": 100 * top5 / count,
     }
+    return figures | load_figures(loads)
+
+
+def load_figures(loads: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the least and most loaded expert's percentage of the rows, by layer. Collective.
+
+    `loads` are this rank's rows per expert by layer, one dict for each batch (padding included).
+    """
+    figures: dict[str, float] = {}
+    for name in loads[0] if loads else ():
+        rows_E = torch.stack([load[name] for load in loads]).sum(0)
+        dist.all_reduce(rows_E)
+        percent_E = 100 * rows_E.double() / rows_E.sum()
+        figures[f"{LEAST_LOAD}{name}"], figures[f"{MOST_LOAD}{name}"] = (
+            percent_E.min().item(),
+            percent_E.max().item(),
+        )
+    return figures
 
 
 def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
@@ -141,9 +165,9 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
     Raises:
         NonFiniteError: On every rank, if the loss or the gradient norm is not finite.
     """
-    sums_2 = torch.stack([meter.loss, meter.grad_norm])
-    dist.all_reduce(sums_2)
-    loss, grad_norm = (sums_2 / meter.steps).tolist()
+    sums_3 = torch.stack([meter.loss, meter.balance, meter.grad_norm])
+    dist.all_reduce(sums_3)
+    loss, balance, grad_norm = (sums_3 / meter.steps).tolist()
     train_s = time.perf_counter() - meter.started  # after the sync: all that was queued is done
     grad_norm /= run.world.size  # every rank has the same norm; the loss shares add up to a mean
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -161,6 +185,8 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
         "data_ms": 1000 * meter.data_s / meter.steps,
         "memory_gib": distributed.memory_gib(run.world.device),
     }
+    if run.config.model.moe.num_experts:
+        figures["balance_loss"] = balance
     if peak is not None:
         figures["mfu_percent"] = 100 * flops_per_s / (peak * 1e12)
     return figures
@@ -203,8 +229,9 @@ def fit(run: Run, logbook: Logbook, *, start: Start) -> tuple[Path, dict[str, fl
         train_s += meter.steps * figures["step_ms"] / 1000
         figures["images_per_s"] = images / train_s  # of the whole run, in the checkpoint
         if is_validating:
-            figures |= validate(run)
-            logbook.metrics("val", step=done, values={key: figures[key] for key in VAL_FIGURES})
+            val = validate(run)
+            figures |= val
+            logbook.metrics("val", step=done, values=val)
         if is_saving:
             folder = save(run, logbook, step=done, figures=figures, rejected=start.rejected)
         meter = Meter.start(run.world.device)
@@ -224,6 +251,12 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> No
         "next": f"{python} -m torch.distributed.checkpoint.format_utils dcp_to_torch "
         f"{shlex.quote(str(folder))} model.pt",
     }
+    for name, least in figures.items():
+        if name.startswith(LEAST_LOAD):
+            layer = name.removeprefix(LEAST_LOAD)
+            most = figures[f"{MOST_LOAD}{layer}"]
+            even = 100 / run.config.model.moe.num_experts
+            rows[f"experts of {layer}"] = f"{least:.1f} to {most:.1f} % of rows (even: {even:.1f})"
     print_table(f"training is complete: {run.config.training.steps} steps", rows)
 
 

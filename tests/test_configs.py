@@ -19,6 +19,7 @@ import distributed
 import layers
 import schema
 import train
+import validation
 import vit
 
 ROOT = compose.CONFIG_DIR.parent
@@ -323,7 +324,7 @@ def test_every_option_has_a_meaning():
 
 
 def test_every_default_is_in_range():
-    assert schema.validate(schema.Config()) == schema.Config()
+    assert validation.validate(schema.Config()) == schema.Config()
 
 
 def dotted(node, aliases):
@@ -387,3 +388,39 @@ def test_no_model_option_is_dead():
     }
     names = [field.name for field in dataclasses.fields(schema.ViTOptions)]
     assert [name for name in names if name not in read] == []
+
+
+MOE = ["model.moe.num_experts=8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.moe.top_k=1"], r"model.moe.top_k=1: has no effect with num_experts=0"),
+        (["distributed.ep=2"], r"distributed.ep=2: must be 1 with model.moe.num_experts=0"),
+        ([*MOE, "distributed.ep=3"], r"distributed.ep=3: must divide model.moe.num_experts=8"),
+        ([*MOE, "model.moe.last_n=2"], r"exactly one of every_n, last_n, blocks must be set"),
+        ([*MOE, "model.moe.top_k=9"], r"model.moe.top_k=9: must be at most num_experts=8"),
+        ([*MOE, "model.moe.every_n=13"], r"blocks \[\] must be some of 0 to 11"),
+        ([*MOE, "model.moe.every_n=null", "model.moe.blocks=[12]"], r"blocks \[12\] must be some"),
+        ([*MOE, "model.moe.noise_std=1"], r"noise_std=1.0: kind=softmax does not use it"),
+        ([*MOE, "model.moe.kernels=cuda"], r"model.moe.kernels=cuda: must be one of auto, torch"),
+    ],
+)
+def test_mixture_of_experts_mistakes_are_named(overrides, message):
+    assert re.search(message, refusal(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blocks"),
+    [
+        ([], [1, 3, 5, 7, 9, 11]),
+        (["model.moe.every_n=null", "model.moe.last_n=2"], [10, 11]),
+        (["model.moe.every_n=null", "model.moe.blocks=[5,0]"], [0, 5]),
+    ],
+)
+def test_which_blocks_have_experts(overrides, blocks):
+    config = compose.compose("vit_base_patch16_224", [*MOE, *overrides])
+    model = assemble.build_model(config, backend="torch", on_meta=True)
+    found = [i for i, block in enumerate(model.blocks) if hasattr(block.mlp, "experts")]
+    assert found == blocks

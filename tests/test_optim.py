@@ -72,3 +72,9 @@ def test_frozen_parameters_are_in_no_group():
 def test_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match=r"optimizer.name=lion: must be one of adamw, sgd"):
         optim.build_optimizer("lion", [], betas=(0.9, 0.999), eps=1e-8, momentum=0.9)
+
+
+def test_biases_of_experts_do_not_decay_though_they_are_two_dimensional():
+    assert optim.has_decay("blocks.1.mlp.experts.w_in", 2)
+    assert not optim.has_decay("blocks.1.mlp.experts.b_in", 2)
+    assert not optim.has_decay("blocks.1.mlp.experts.b_out", 2)

@@ -1,0 +1,192 @@
+"""What uneven use of the experts costs: closed forms of sums over the tokens of all ranks.
+
+    Scores, expert_id_Tk, weight_Tk -> local_sums -> one vector -> sum over ranks -> weighted_loss
+
+| coefficient | loss                                    | uniform | one expert has it all |
+|-------------|-----------------------------------------|---------|-----------------------|
+| importance  | CV^2 of the weights summed per expert   | 0       | E                     |
+| load        | CV^2 of the expected rows per expert    | 0       | E                     |
+| switch      | E sum_e f_e P_e over all tokens         | 1       | E (k=1)               |
+| sequence    | the same per image, mean over images    | 1       | E (k=1)               |
+| z           | mean over tokens of logsumexp(logits)^2 | -       | -                     |
+
+f_e: part of the rows that go to e, before any are dropped; P_e: mean of the scores' shares.
+
+Ranks: the value is that of all tokens on one rank, however they are split. The sum over ranks must
+be the differentiable all-reduce: its backward returns the sum over ranks of the gradients of its
+result, which is one of them times the number of ranks, since all are equal. If each rank's
+objective then has the term loss / ranks, and gradients are summed over ranks, that sum is the
+gradient of the one global loss.
+
+Microbatches: sequence and z are means over images and tokens, so their mean over equal microbatches
+is that of the whole batch, value and gradient. importance, load and switch are not linear in the
+sums: each microbatch is balanced by itself, and the mean over microbatches equals the loss of the
+whole batch only where the microbatches' sums agree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """What each loss of this file is multiplied by; 0: it is not computed."""
+
+    importance: float = 0.0
+    load: float = 0.0
+    switch: float = 0.0
+    sequence: float = 0.0
+    z: float = 0.0
+
+    @property
+    def is_any(self) -> bool:
+        """True if there is a balance loss at all."""
+        return any(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a gate makes of the tokens, in fp32.
+
+    logits_TE: without noise.
+    ranking_TE: the top k is taken of it.
+    gate_TE: the weights that the experts would have, before any renormalisation.
+    share_TE: gate_TE with rows that sum to 1.
+    noise_std: standard deviation of ranking_TE around logits_TE, [T, E] or 0-d; None: no noise.
+    """
+
+    logits_TE: Tensor
+    ranking_TE: Tensor
+    gate_TE: Tensor
+    share_TE: Tensor
+    noise_std: Tensor | None
+
+
+def count_rows(expert_id: Tensor, *, num_experts: int) -> Tensor:
+    """Return how many entries name each expert, [E] int64; entries E (dropped) are not counted."""
+    flat_R = expert_id.reshape(-1)
+    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_R.device)
+    return count.scatter_add_(0, flat_R, torch.ones_like(flat_R))[:num_experts]
+
+
+def win_probability(scores: Scores, *, top_k: int) -> Tensor:
+    """Return P(expert in the top k of the token, were its own noise drawn again), [T, E].
+
+    The threshold is on the noisy logits: the k-th best of the other experts' ones. A row sums to
+    top_k in expectation.
+
+    Source: arXiv 1701.06538, appendix A, eq. 8 and 9.
+    """
+    assert scores.noise_std is not None, "the load of a gate without noise has no gradient"
+    best = scores.ranking_TE.topk(top_k + 1).values
+    last_in_T1, first_out_T1 = best[:, -2:-1], best[:, -1:]
+    threshold_TE = torch.where(scores.ranking_TE > first_out_T1, first_out_T1, last_in_T1)
+    return torch.special.ndtr((scores.logits_TE - threshold_TE) / scores.noise_std)
+
+
+def squared_cv(total_E: Tensor) -> Tensor:
+    """Return var / mean^2 with the unbiased variance: 0 if uniform, E if one expert has it all."""
+    mean = total_E.mean()
+    variance = (total_E - mean).square().sum() / max(len(total_E) - 1, 1)
+    return variance / (mean.square() + 1e-10)  # 1e-10 as M3ViT has it
+
+
+def switch_loss(rows_E: Tensor, share_sum_E: Tensor, *, num_tokens: Tensor) -> Tensor:
+    """Return E * sum_e (share of rows to e) * (mean score share of e): 1 if uniform.
+
+    One expert that takes all rows and all scores costs E (k=1).
+
+    Source: arXiv 2101.03961, eq. 4 to 6, for k rows per token.
+    """
+    share_E = share_sum_E / num_tokens
+    return len(rows_E) * (rows_E / rows_E.sum() * share_E).sum()
+
+
+def sequence_losses(expert_id_Tk: Tensor, share_TE: Tensor, *, tokens_per_image: int) -> Tensor:
+    """Return the Switch form of each image by itself, [B]; images are contiguous in T.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20.
+    """
+    num_experts, top_k = share_TE.shape[1], expert_id_Tk.shape[1]
+    assert len(share_TE) % tokens_per_image == 0, "whole images of tokens_per_image tokens each"
+    is_chosen_TE = torch.zeros_like(share_TE).scatter(1, expert_id_Tk, 1)
+    rows_BE = is_chosen_TE.view(-1, tokens_per_image, num_experts).mean(1) / top_k
+    share_BE = share_TE.view(-1, tokens_per_image, num_experts).mean(1)
+    return num_experts * (rows_BE * share_BE).sum(1)
+
+
+def z_losses(logits_TE: Tensor) -> Tensor:
+    """Return logsumexp(logits)^2 of each token, [T]: (ln E)^2 if the logits are 0.
+
+    Source: ST-MoE, arXiv 2202.08906, eq. 5.
+    """
+    return logits_TE.logsumexp(-1).square()
+
+
+def local_sums(
+    scores: Scores,
+    expert_id_Tk: Tensor,
+    weight_Tk: Tensor,
+    *,
+    coefs: Coefficients,
+    tokens_per_image: int | None,
+) -> dict[str, Tensor]:
+    """Return what the wanted losses need, as vectors summed over the tokens of this rank."""
+    top_k = expert_id_Tk.shape[1]
+    sums = {"tokens": scores.logits_TE.new_full((1,), len(expert_id_Tk))}
+    if coefs.importance:
+        weight_TE = torch.zeros_like(scores.gate_TE).scatter(1, expert_id_Tk, weight_Tk)
+        sums["importance"] = weight_TE.sum(0)
+    if coefs.load:
+        sums["load"] = win_probability(scores, top_k=top_k).sum(0)
+    if coefs.switch:
+        rows_E = count_rows(expert_id_Tk, num_experts=scores.gate_TE.shape[1])
+        sums["rows"] = rows_E.to(scores.share_TE.dtype)
+        sums["share"] = scores.share_TE.sum(0)
+    if coefs.sequence:
+        assert tokens_per_image is not None, "the sequence loss is per image"
+        share_TE = scores.share_TE
+        losses_B = sequence_losses(expert_id_Tk, share_TE, tokens_per_image=tokens_per_image)
+        sums["sequence"] = losses_B.sum()[None] * tokens_per_image
+    if coefs.z:
+        sums["z"] = z_losses(scores.logits_TE).sum()[None]
+    return sums
+
+
+def weighted_loss(sums: dict[str, Tensor], coefs: Coefficients) -> Tensor:
+    """Return the losses of the sums over all ranks, each times its coefficient, added up."""
+    num_tokens = sums["tokens"][0]
+    loss = torch.zeros_like(num_tokens)
+    if coefs.importance:
+        loss = loss + coefs.importance * squared_cv(sums["importance"])
+    if coefs.load:
+        loss = loss + coefs.load * squared_cv(sums["load"])
+    if coefs.switch:
+        switch = switch_loss(sums["rows"], sums["share"], num_tokens=num_tokens)
+        loss = loss + coefs.switch * switch
+    if coefs.sequence:
+        loss = loss + coefs.sequence * sums["sequence"][0] / num_tokens
+    if coefs.z:
+        loss = loss + coefs.z * sums["z"][0] / num_tokens
+    return loss
+
+
+def balance_loss(
+    scores: Scores,
+    expert_id_Tk: Tensor,
+    weight_Tk: Tensor,
+    *,
+    coefs: Coefficients,
+    tokens_per_image: int | None,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return the 0-d balance loss of all ranks' tokens. Calls `sum_over_ranks` once."""
+    local = local_sums(
+        scores, expert_id_Tk, weight_Tk, coefs=coefs, tokens_per_image=tokens_per_image
+    )
+    total = sum_over_ranks(torch.cat(list(local.values())))
+    pieces = total.split([len(value) for value in local.values()])
+    return weighted_loss(dict(zip(local, pieces, strict=True)), coefs)

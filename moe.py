@@ -1,0 +1,219 @@
+"""The mixture-of-experts feed-forward: route, exchange rows with peers, experts, combine.
+
+    x_BLD -> router -> expert ids and weights
+          -> rows sorted by expert -> all-to-all -> experts here -> all-to-all -> weighted sum
+
+With ep=1 nothing is exchanged and nothing syncs with the host. Which expert a token goes to is
+routers.py's business, how rows are multiplied is kernels.py's; no collective is called here that
+was not passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import init
+import kernels
+from layers import Mlp
+from routers import Router, Routing
+
+
+class Exchange(Protocol):
+    """Expert parallelism as this file needs it; see distributed.ExpertExchange."""
+
+    @property
+    def size(self) -> int:
+        """Ranks that share out the experts."""
+
+    @property
+    def rank(self) -> int:
+        """This rank among them."""
+
+    def counts(self, send_Ee: Tensor) -> Tensor:
+        """Return how many rows arrive from each peer for each expert here."""
+
+    def rows(self, x_RD: Tensor, *, send: list[int], receive: list[int]) -> Tensor:
+        """Send rows to the peers, in order, and return what arrives; differentiable."""
+
+
+class Experts(nn.Module):
+    """The weights of this rank's experts, stored 2-D so that sharding them needs no padding.
+
+    w_in [e*F, D] (twice the rows for gated activations), b_in [e, F], w_out [e*D, F], b_out [e, D],
+    where e is the number of experts on this rank: rows rank*e to (rank+1)*e of the global tensors.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        num_experts: int,
+        activation: str,
+        ep_size: int,
+        ep_rank: int,
+    ) -> None:
+        super().__init__()
+        local = num_experts // ep_size
+        rows = hidden_dim * (2 if kernels.ACTIVATIONS[activation][1] else 1)
+        self.activation = activation
+        self.ep_size, self.ep_rank = ep_size, ep_rank
+        self.w_in = nn.Parameter(torch.empty(local * rows, dim))
+        self.b_in = nn.Parameter(torch.empty(local, rows))
+        self.w_out = nn.Parameter(torch.empty(local * dim, hidden_dim))
+        self.b_out = nn.Parameter(torch.empty(local, dim))
+        self.mark()
+
+    def mark(self) -> None:
+        """Tell Megatron-FSDP that these are experts: not reduced over `ep`, split over it."""
+        for parameter in self.parameters(recurse=False):
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter._tensor_parallel_mode = "column"  # type: ignore[attr-defined]
+
+    def initial_value(self, name: str, *, seed: int, full_name: str) -> Tensor:
+        """Return this rank's slice of the global tensor: N(0, 0.02^2) weights, zero biases."""
+        shape = self.get_parameter(name).shape
+        if name.startswith("b_"):
+            return torch.zeros(shape)
+        whole = torch.Size((shape[0] * self.ep_size, shape[1]))
+        values = init.normal(whole, 0.02, rng=init.generator(seed, full_name))
+        return values.chunk(self.ep_size)[self.ep_rank].clone()
+
+
+class MoE(nn.Module):
+    """Mixture-of-experts feed-forward of a block: x_BLD -> x_BLD.
+
+    After each forward, `routing` holds the balance loss to add to the training loss and the rows of
+    each expert. A token's output is the sum over its k experts of weight * expert(x), plus the
+    shared expert's output if there is one.
+    """
+
+    routing: Routing | None
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        router: Router,
+        activation: str,
+        shared: Mlp | None,
+        kernel_backend: str,
+        exchange: Exchange | None,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = Experts(
+            dim,
+            hidden_dim,
+            num_experts=router.options.num_experts,
+            activation=activation,
+            ep_size=1 if exchange is None else exchange.size,
+            ep_rank=0 if exchange is None else exchange.rank,
+        )
+        self.shared = shared
+        self.kernel_backend = kernel_backend
+        self.exchange = exchange
+        self.sum_over_ranks = sum_over_ranks
+        self.routing = None
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of the forward pass of one token through router, k experts and shared expert."""
+        e = self.experts
+        per_expert = 2 * (e.w_in.numel() + e.w_out.numel()) // e.b_in.shape[0]
+        shared = 0 if self.shared is None else self.shared.flops_per_token
+        router = 2 * e.w_in.shape[1] * self.router.options.num_experts
+        return router + self.router.options.top_k * per_expert + shared
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return the feed-forward branch: x_BLD -> x_BLD."""
+        x_TD = x_BLD.flatten(0, 1)
+        routing = self.router(
+            x_TD, sum_over_ranks=self.sum_over_ranks, tokens_per_image=x_BLD.shape[1]
+        )
+        self.routing = routing
+        if self.exchange is None:
+            plan = kernels.plan_rows(routing.expert_id_Tk, self.router.options.num_experts)
+            y_TD = self._experts(x_TD, routing.weight_Tk, plan)
+        else:
+            y_TD = self._among_peers(x_TD, routing, self.exchange)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view_as(x_BLD)
+
+    def _experts(self, x_TD: Tensor, weight_Tk: Tensor, plan: kernels.RowPlan) -> Tensor:
+        e = self.experts
+        return kernels.moe_ffn(
+            x_TD,
+            weight_Tk,
+            plan,
+            e.w_in,
+            e.b_in,
+            e.w_out,
+            e.b_out,
+            activation=e.activation,
+            backend=self.kernel_backend,
+        )
+
+    def _among_peers(self, x_TD: Tensor, routing: Routing, exchange: Exchange) -> Tensor:
+        """Send each row to the rank of its expert and back; two host reads, of the counts."""
+        size, num_experts = exchange.size, self.router.options.num_experts
+        plan = kernels.plan_rows(routing.expert_id_Tk, num_experts)
+        send_Ee = plan.rows_per_expert_E.view(size, num_experts // size)
+        receive_Ee = exchange.counts(send_Ee)
+        send, receive = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).tolist()
+        # Dropped rows stand last in the plan and stay here.
+        x_RD = kernels.gather_rows(x_TD, plan, backend=self.kernel_backend)[: sum(send)]
+        x_ND = exchange.rows(x_RD, send=send, receive=receive)
+        # Rows arrive by peer and, within a peer, by expert.
+        local_e = torch.arange(num_experts // size, device=x_TD.device).repeat(size)
+        expert_id_N = local_e.repeat_interleave(receive_Ee.flatten(), output_size=sum(receive))
+        local = kernels.plan_rows(expert_id_N[:, None], num_experts // size)
+        one_N1 = routing.weight_Tk.new_ones(sum(receive), 1)
+        y_ND = self._experts(x_ND, one_N1, local)
+        y_RD = exchange.rows(y_ND, send=receive, receive=send)
+        return kernels.combine(y_RD, routing.weight_Tk, plan.inverse_R, backend=self.kernel_backend)
+
+
+def expert_blocks(
+    *, depth: int, every_n: int | None, last_n: int | None, blocks: list[int] | None
+) -> list[int]:
+    """Return which of `depth` blocks have experts; one of the three ways to say it is given.
+
+    Raises:
+        ValueError: There is none, or one that the model does not have.
+    """
+    if blocks is not None:
+        chosen = sorted(set(blocks))
+    elif last_n is not None:
+        chosen = list(range(depth - last_n, depth))
+    else:
+        assert every_n is not None, "the options are checked: exactly one is given"
+        chosen = list(range(every_n - 1, depth, every_n))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise ValueError(f"config model.moe: blocks {chosen} must be some of 0 to {depth - 1}")
+    return chosen
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """Return the sum of the balance losses of the last forward, 0 for a dense model."""
+    total = torch.zeros(())
+    for module in model.modules():
+        if isinstance(module, MoE) and module.routing is not None:
+            total = total.to(module.routing.balance_loss.device) + module.routing.balance_loss
+    return total
+
+
+def expert_load(model: nn.Module) -> dict[str, Tensor]:
+    """Return rows per expert of this rank's last forward, by the layer's name in the ViT."""
+    return {
+        name.removeprefix("module."): module.routing.rows_per_expert_E
+        for name, module in model.named_modules()
+        if isinstance(module, MoE) and module.routing is not None
+    }

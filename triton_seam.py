@@ -1,0 +1,44 @@
+"""The one file that imports triton: what its kernels are written with, and how one is launched.
+
+triton_seam -> triton_rows, triton_matmul (kernels) -> triton_kernels (what is launched when)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import KernelInterface
+
+__all__ = ["Constant", "is_interpreted", "launch", "launch_options", "num_programs", "tl", "triton"]
+
+Constant = int | str | bool
+# Programs of a persistent grid per multiprocessor: two hide each other's prologues and epilogues.
+PROGRAMS_PER_SM = 2
+INTERPRETED_PROGRAMS = 3  # few, so that in tests a program walks several tiles
+
+
+def is_interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at first import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def num_programs(device: torch.device) -> int:
+    """Return the size of a persistent grid on `device`."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_options() -> dict[str, Constant]:
+    """Return the compiler's options that all kernels are launched with."""
+    # Stated, since the default of Triton 3.10 is to round after every multiplication.
+    return {"enable_fp_fusion": True}
+
+
+def launch(
+    kernel: KernelInterface,
+    grid: tuple[int, ...],
+    values: tuple[torch.Tensor | int | None, ...],
+    constants: dict[str, Constant],
+) -> None:
+    """Run `kernel` on the current device with the arguments `values` and its constexprs."""
+    kernel[grid](*values, **constants, **launch_options())
