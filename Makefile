@@ -1,6 +1,6 @@
 # make train   train the default model on the bundled images (installs on first use; resumes)
 # make test    lint, types and tests (installs on first use)
-# make bench   the CPU benchmarks
+# make bench   the CPU benchmarks; make bench-gpu: the MoE layer on one GPU
 # make setup   only install, into .venv
 
 PYTHON ?= python3.11
@@ -12,7 +12,7 @@ BIN := .venv/bin
 # One thread per rank: ranks share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test lint bench bench-gpu clean
 
 setup: .venv/.train
 train: .venv/.train
@@ -28,6 +28,10 @@ lint: .venv/.test
 
 bench: .venv/.train
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.train_step $(ARGS)
+	$(BIN)/python -m benchmarks.moe_cpu
+
+bench-gpu: .venv/.train
+	$(BIN)/python -m benchmarks.moe_gpu $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

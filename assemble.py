@@ -7,9 +7,9 @@ The last place that sees options; what it calls takes values.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,22 +21,17 @@ import checkpoint
 import distributed
 import image_index
 import imagenet_dataset
-import kernels
 import layers
-import moe
+import models
 import optim
 import sharding
-from balance import Coefficients
 from distributed import World
 from image_index import ImageIndex
 from imagenet_dataset import Batch
-from routers import Router
+from mixing import Mixer
 from schema import Config
 from sharding import Shard
-from vit import Block, VisionTransformer
-from vit_options import VitOptions
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from vit import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +43,8 @@ class Run:
     model: nn.Module
     shards: list[Shard]
     optimizer: torch.optim.Optimizer
+    ema: optim.Ema | None
+    mixer: Mixer | None
     train_index: ImageIndex
     val_index: ImageIndex
     dtype: torch.dtype
@@ -69,86 +66,13 @@ class Run:
 
     def tensors(self) -> checkpoint.TensorTree:
         """Return what a checkpoint holds, on the training memory."""
-        return {
+        tensors: dict[str, checkpoint.TensorTree] = {
             "model": sharding.model_state(self.shards),
             "optimizer": sharding.optimizer_state(self.shards, self.optimizer),
         }
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype; auto is bf16 on CUDA and fp32 on CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
-
-
-def moe_factory(
-    config: Config, exchange: moe.Exchange | None, device: torch.device
-) -> Callable[[int], nn.Module | None]:
-    """Return the function from a block's number to its mixture of experts, None for a dense one."""
-    o, vit = config.model.moe, config.model.vit
-    blocks = moe.expert_blocks(depth=vit.depth, every_n=o.every_n, last_n=o.last_n, blocks=o.blocks)
-    backend, _ = kernels.resolve_kernels(o.kernels, device)
-    coefs = Coefficients(
-        importance=o.importance_coef,
-        load=o.load_coef,
-        switch=o.switch_coef,
-        sequence=o.sequence_coef,
-        z=o.z_coef,
-    )
-
-    def build(block: int) -> nn.Module | None:
-        if block not in blocks:
-            return None
-        router = Router(
-            vit.embed_dim,
-            o.num_experts,
-            top_k=o.top_k,
-            kind=o.router,
-            normalize=o.normalize,
-            noise_std=o.noise_std,
-            jitter=o.jitter,
-            capacity_factor=o.capacity_factor,
-            forced_balance=o.forced_balance,
-            coefs=coefs,
-        )
-        width = int(vit.embed_dim * o.shared_ratio)
-        return moe.MoE(
-            vit.embed_dim,
-            int(vit.embed_dim * o.mlp_ratio),
-            router=router,
-            activation=o.activation,
-            shared=layers.Mlp(vit.embed_dim, width) if width else None,
-            kernel_backend=backend,
-            exchange=exchange,
-            sum_over_ranks=distributed.sum_over_ranks,
-        )
-
-    return build
-
-
-def build_model(
-    config: Config,
-    *,
-    backend: str,
-    on_meta: bool,
-    exchange: moe.Exchange | None = None,
-    device: torch.device | None = None,
-) -> VisionTransformer:
-    """Build the ViT, on the meta device or the CPU; its values depend on seed and names alone.
-
-    `exchange` is how experts are shared out among ranks, None for all of them here; `device` is
-    where the model will compute, which decides the expert kernels.
-    """
-    options = dataclasses.asdict(config.model.vit)
-    for name in ("img_size", "patch_size"):
-        if isinstance(options[name], list):
-            options[name] = height_width(options[name])
-    ffn = None
-    if config.model.moe.num_experts:
-        ffn = moe_factory(config, exchange, device or torch.device("cpu"))
-    with torch.device("meta") if on_meta else contextlib.nullcontext():
-        return VisionTransformer(**options, backend=backend, ffn=ffn, seed=config.training.seed)
+        if self.ema is not None:
+            tensors["ema"] = sharding.state_like_model(self.shards, self.ema.average)
+        return tensors
 
 
 def unpack_once(root: Path, world: World) -> None:
@@ -188,25 +112,13 @@ def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     return train_index, val_index
 
 
-def pick_backend(config: Config, world: World) -> tuple[str, str]:
-    """Return the backend and why it is this one; fp8 needs TransformerEngine."""
-    backend, reason = layers.resolve_backend(config.model.backend, world.device)
-    if config.model.te_fp8 is not None and backend != "te":
-        raise ValueError(
-            f"config model.te_fp8={config.model.te_fp8}: needs backend te, not {backend} ({reason})"
-        )
-    return backend, reason
-
-
-def check_fp8(config: Config, options: VitOptions) -> None:
-    """Refuse sizes that fp8, if it was asked for, cannot work with."""
-    if config.model.te_fp8 is not None:
-        layers.check_fp8_shapes(
-            embed_dim=options.embed_dim,
-            hidden_dim=options.hidden_dim,
-            batch_size=config.dataset.train.batch_size,
-            num_tokens=options.num_tokens_in_training,
-        )
+def pick_ep(config: Config, world: World) -> int:
+    """Return the ranks that share out the experts; null is as many as experts and ranks allow."""
+    d, num_experts = config.distributed, config.model.moe.num_experts
+    if d.ep is not None:
+        return d.ep
+    ranks = world.size // (d.dp_outer * (d.dp_shard or 1))
+    return math.gcd(ranks, num_experts) if num_experts else 1
 
 
 def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimizer:
@@ -222,26 +134,49 @@ def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimize
     return optimizer
 
 
+def build_ema(config: Config, shards: list[Shard]) -> optim.Ema | None:
+    """Return the average of this rank's shards, or None if it is off."""
+    decay = config.training.ema_decay
+    return None if decay is None else optim.Ema([shard.local for shard in shards], decay=decay)
+
+
+def build_mixer(config: Config) -> Mixer | None:
+    """Return what mixes training images, or None if it is off."""
+    train = config.dataset.train
+    if not (train.mixup or train.cutmix):
+        return None
+    return Mixer(
+        mixup=train.mixup,
+        cutmix=train.cutmix,
+        prob=train.mixup_prob,
+        switch_prob=train.mixup_switch_prob,
+        mode=train.mixup_mode,
+        smoothing=config.training.label_smoothing,
+        num_classes=config.model.vit.num_classes,
+        seed=config.training.seed,
+    )
+
+
 def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     """Build everything from the options; return it and the choices made, for the log."""
-    backend, reason = pick_backend(config, world)
-    dtype = pick_dtype(config.model.dtype, world.device)
+    backend, reason = models.pick_backend(config, world.device)
+    dtype = models.pick_dtype(config.model.dtype, world.device)
     strategy = sharding.strategy_name(config.fsdp.zero_dp_strategy)
     meshes = distributed.build_meshes(
         dp_outer=config.distributed.dp_outer,
         dp_shard=config.distributed.dp_shard,
-        ep=config.distributed.ep,
+        ep=pick_ep(config, world),
         device=world.device,
     )
     # The library cannot shard nothing from the meta device, and there is then nothing to save.
-    vit = build_model(
+    vit = models.build_model(
         config,
         backend=backend,
         on_meta=strategy != "no_shard",
         exchange=distributed.expert_exchange(meshes) if meshes.ep > 1 else None,
         device=world.device,
     )
-    check_fp8(config, vit.options)
+    models.check_fp8(config, vit.options)
     train_index, val_index = find_images(config, world)
     model = sharding.shard_model(
         vit,
@@ -258,6 +193,8 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         model,
         shards,
         optimizer=build_optimizer(config, shards),
+        ema=build_ema(config, shards),
+        mixer=build_mixer(config),
         train_index=train_index,
         val_index=val_index,
         dtype=dtype,
@@ -266,6 +203,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     choices = {
         "backend": backend,
         "backend_reason": reason,
+        **models.expert_choices(config, world.device),
         "dtype": str(dtype).removeprefix("torch."),
         "device": distributed.device_name(world.device),
         "mesh": f"dp_outer={meshes.dp_outer} dp_shard={meshes.expert.size(1)} ep={meshes.ep}",
@@ -279,16 +217,11 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     return run, choices
 
 
-def height_width(size: int | list[int]) -> tuple[int, int]:
-    """Return an option of one side or [height, width] as (height, width) in pixels."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
     """Yield this rank's microbatches from update `start_step` to the end of the run."""
     data, train = run.config.dataset, run.config.dataset.train
     transform = imagenet_dataset.train_transform(
-        img_size=height_width(run.config.model.vit.img_size),
+        img_size=models.height_width(run.config.model.vit.img_size),
         scale=(train.crop_scale[0], train.crop_scale[1]),
         ratio=(train.crop_ratio[0], train.crop_ratio[1]),
         hflip=train.hflip,
@@ -319,7 +252,7 @@ def val_batches(run: Run) -> DataLoader:
     return imagenet_dataset.val_loader(
         run.val_index,
         transform=imagenet_dataset.val_transform(
-            img_size=height_width(data.val.img_size or run.config.model.vit.img_size),
+            img_size=models.height_width(data.val.img_size or run.config.model.vit.img_size),
             crop_ratio=data.val.crop_ratio,
             interpolation=data.interpolation,
             mean=(data.mean[0], data.mean[1], data.mean[2]),

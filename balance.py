@@ -113,8 +113,10 @@ def sequence_losses(expert_id_Tk: Tensor, share_TE: Tensor, *, tokens_per_image:
     num_experts, top_k = share_TE.shape[1], expert_id_Tk.shape[1]
     assert len(share_TE) % tokens_per_image == 0, "whole images of tokens_per_image tokens each"
     is_chosen_TE = torch.zeros_like(share_TE).scatter(1, expert_id_Tk, 1)
-    rows_BE = is_chosen_TE.view(-1, tokens_per_image, num_experts).mean(1) / top_k
-    share_BE = share_TE.view(-1, tokens_per_image, num_experts).mean(1)
+    num_images = len(share_TE) // tokens_per_image  # not -1, which no tokens leave undefined
+    is_chosen_BLE = is_chosen_TE.view(num_images, tokens_per_image, num_experts)
+    rows_BE = is_chosen_BLE.mean(1) / top_k
+    share_BE = share_TE.view(is_chosen_BLE.shape).mean(1)
     return num_experts * (rows_BE * share_BE).sum(1)
 
 

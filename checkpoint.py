@@ -4,41 +4,38 @@
                                       state.json                    step, config, versions
                                       manifest.json                 size and sha256 of each file
 
-A save writes to a staging folder beside it, which is renamed when every byte is on disk. A folder
-counts only if its manifest matches. Sees state dicts of tensors, never models or options.
+A folder counts only if it belongs to this user and every byte matches its manifest. Sees state
+dicts of tensors, never models or options.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distributed import from_main
+import dcp_writer
+from dcp_writer import MANIFEST, NAME, SCHEMA_VERSION, STATE, Json, sha256
+from safe_dcp import SafeReader, untrusted_reason
 
-SCHEMA_VERSION = 1
-_NAME = re.compile(r"step_(\d+)_loss_(\d+\.\d+)(?:_r(\d+))?")
-_STAGING = re.compile(r"\.staging-\d+-[0-9a-f]{32}")
+# Larger ones are not ours: a manifest has some 120 bytes for each rank.
+_MAX_JSON_BYTES = 8 * 2**20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_READERS = 8
 
-# Nested names to tensors: {"model": {name: tensor}, "optimizer": {name: {key: tensor}}}.
-TensorTree = Mapping[str, "Tensor | TensorTree"]
-Json = Mapping[str, object]
+TensorTree = dcp_writer.TensorTree
+NonFiniteTensorError = dcp_writer.NonFiniteTensorError
 
 
 @dataclass(frozen=True)
@@ -63,119 +60,145 @@ class Checkpoint:
         return metrics
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, value: Json) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    _fsync(path)
-
-
-def _commit(staging: Path, target: Path) -> Path:
-    """Seal `staging` with a manifest and rename it to `target`, or to a new attempt of it."""
-    files = sorted(path for path in staging.iterdir())
-    manifest = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
-    _write_json(staging / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": manifest})
-    _fsync(staging)
-    attempt, final = 1, target
-    while final.exists():  # a name is never reused, so nothing complete is ever overwritten
-        attempt += 1
-        final = target.with_name(f"{target.name}_r{attempt}")
-    staging.rename(final)
-    _fsync(final.parent)
-    return final
-
-
 def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
     """Write a checkpoint of `state["step"]` under `root` and return its folder. Collective.
 
     Raises:
-        OSError: On every rank, if a rank cannot write; the staging folder stays behind.
+        OSError: On every rank, if a rank cannot write.
+        NonFiniteTensorError: On every rank, if a tensor has NaN or infinities.
         ValueError: On every rank, if `state` has a number that JSON has not.
     """
-    staging = from_main(root / f".staging-{state['step']}-{uuid.uuid4().hex}")
-    target = root / f"step_{state['step']}_loss_{loss:.3f}"
-    # One thread: with more, a full disk is reported as success (pytorch/pytorch#191391).
-    writer = FileSystemWriter(staging, thread_count=1, sync_files=True)
+    target = dcp_writer.make_target(root, state=state, loss=loss)
+    plan, source = dcp_writer.make_plan(tensors)
+    part = dcp_writer.outcome_of(dcp_writer.write, target.staging, plan.local, source)
+    parts = dcp_writer.gather(part)
+    result: Path | Exception = target.folder
+    if plan.metadata is not None:
+        failure = dcp_writer.first_failure(target, plan, parts)
+        if failure is None:
+            result = dcp_writer.outcome_of(dcp_writer.commit, target, plan.metadata, parts)
+            failure = dcp_writer.first_failure(target, plan, [result])
+        result = failure or result
+    return dcp_writer.tell_all(result)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: It is too large, no JSON, or JSON of something else.
+        OSError: It cannot be read.
+    """
+    if (num_bytes := path.lstat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has {num_bytes} bytes, at most {_MAX_JSON_BYTES}")
     try:
-        state_dict_saver.save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:  # no Exception, so nobody up there would say it in a line
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise OSError(f"checkpoint {target.name}: rank {rank}: {cause}") from error
-    result: Path | OSError | ValueError = target
-    if dist.get_rank() == 0:
-        try:
-            _write_json(staging / "state.json", {"schema_version": SCHEMA_VERSION, **state})
-            result = _commit(staging, target)
-        except (OSError, ValueError) as error:
-            result = error
-    result = from_main(result)
-    if not isinstance(result, Path):
-        raise result
-    return result
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds a {type(value).__name__}, must be an object")
+    return value
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return (bytes, sha256) of each file that the manifest lists, every field checked."""
+    manifest = _read_json(folder / MANIFEST)
+    version, listed = manifest.get("schema_version"), manifest.get("files")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{MANIFEST} schema_version={version}: must be {SCHEMA_VERSION}")
+    if not isinstance(listed, dict):
+        raise ValueError(f"{MANIFEST} files={type(listed).__name__}: must be an object")
+    files = {}
+    for name, facts in listed.items():
+        known = facts if isinstance(facts, dict) else {}
+        size, digest = known.get("bytes"), known.get("sha256")
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{MANIFEST} {name} bytes={size}: must be a number >= 0")
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ValueError(f"{MANIFEST} {name} sha256={digest}: must be 64 hex digits")
+        files[name] = (size, digest)
+    return files
+
+
+def _check_files(folder: Path) -> None:
+    """Read every byte of `folder` and compare it with the manifest."""
+    for path in (folder, *folder.iterdir()):
+        if reason := untrusted_reason(path):
+            raise ValueError(f"{path.name} {reason}")
+    files = _read_manifest(folder)
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if odd := sorted(present ^ files.keys()):
+        raise ValueError(f"files {odd} are not in both the folder and its manifest")
+    for name, (size, _) in files.items():
+        if (found := (folder / name).lstat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes != manifest {size}")
+    with ThreadPoolExecutor(_READERS) as pool:
+        digests = pool.map(sha256, (folder / name for name in files))
+        for (name, (_, expected)), digest in zip(files.items(), digests, strict=True):
+            if digest != expected:
+                raise ValueError(f"{name} sha256 {digest[:8]} != manifest {expected[:8]}")
+
+
+def _check_state(state: Json) -> None:
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{STATE} schema_version={state.get('schema_version')}: must be {SCHEMA_VERSION}"
+        )
+    step, metrics = state.get("step"), state.get("metrics")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{STATE} step={step}: must be a number >= 0")
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{STATE} metrics={metrics}: must be an object")
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{STATE} metrics {name}={value}: must be a finite number")
 
 
 def verify(folder: Path) -> Checkpoint:
     """Return the checkpoint in `folder` after reading every byte of it.
 
     Raises:
-        ValueError: A file is missing, extra or different from the manifest; it is named.
+        ValueError: A file is missing, extra, different from the manifest, or somebody else could
+            have written it; it is named.
     """
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, KeyError, ValueError) as error:
+        _check_files(folder)
+        state = _read_json(folder / STATE)
+        _check_state(state)
+    except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder.name}: {error}") from error
-    present = {path.name for path in folder.iterdir()} - {"manifest.json"}
-    if present != set(files):
-        raise ValueError(
-            f"checkpoint {folder.name}: files {sorted(present ^ set(files))} are not in both the "
-            "folder and its manifest"
-        )
-    for name, expected in files.items():
-        digest = _sha256(folder / name)
-        if digest != expected["sha256"]:
-            raise ValueError(
-                f"checkpoint {folder.name}: {name} sha256 {digest[:8]} != manifest "
-                f"{expected['sha256'][:8]}"
-            )
-    if state.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"checkpoint {folder.name}: state.json schema_version={state.get('schema_version')}: "
-            f"must be {SCHEMA_VERSION}"
-        )
-    for name, kind in (("step", int), ("metrics", dict)):
-        if not isinstance(state.get(name), kind):
-            raise ValueError(
-                f"checkpoint {folder.name}: state.json {name}={state.get(name)}: "
-                f"must be a {kind.__name__}"
-            )
     return Checkpoint(folder, state)
 
 
-def _candidates(root: Path) -> list[Path]:
-    """Return the folders named like checkpoints, newest step and attempt first."""
+def candidates(root: Path) -> list[Path]:
+    """Return what is named like a checkpoint, newest step and attempt first."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink():
+        if match := NAME.fullmatch(path.name):
             found.append((int(match[1]), int(match[3] or 1), path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def _newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+def score(folder: Path, metric: str) -> float:
+    """Return how good the checkpoint says it is, more is better; -infinity if it does not say.
+
+    `metric` is "+name" where the highest figure is the best and "-name" where the lowest is.
+    """
+    sign = {"+": 1.0, "-": -1.0}[metric[0]]
+    try:
+        metrics = _read_json(folder / STATE)["metrics"]
+        value = sign * float(metrics[metric[1:]])  # type: ignore[index]
+    except (OSError, KeyError, TypeError, ValueError):
+        return -math.inf
+    return value if math.isfinite(value) else -math.inf
+
+
+def _first(root: Path, metric: str | None) -> tuple[Checkpoint | None, dict[Path, str]]:
+    folders = candidates(root)
+    if metric is not None:  # the sort is stable: of equals, and of those without it, the newest
+        folders.sort(key=lambda folder: score(folder, metric), reverse=True)
     rejected: dict[Path, str] = {}
-    for folder in _candidates(root):
+    for folder in folders:
         try:
             return verify(folder), rejected
         except ValueError as error:
@@ -183,15 +206,23 @@ def _newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     return None, rejected
 
 
-def find_newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+def find_newest(
+    root: Path, *, metric: str | None = None
+) -> tuple[Checkpoint | None, dict[Path, str]]:
     """Return the newest complete checkpoint under `root` and why newer ones are not. Collective.
 
-    Rank 0 looks and every rank gets its answer, so ranks cannot disagree.
+    With `metric`, "+name" or "-name", it is the one of the highest or lowest figure instead, and
+    the newest if no checkpoint has the figure. Rank 0 looks and every rank gets its answer, so
+    ranks cannot disagree.
 
     Raises:
         ValueError: There are checkpoints and none is complete; starting over would hide that.
+        OSError: On every rank, if rank 0 cannot read the folder.
     """
-    found, rejected = from_main(_newest(root) if dist.get_rank() == 0 else (None, {}))
+    answer: tuple[Checkpoint | None, dict[Path, str]] | Exception = (None, {})
+    if dist.get_rank() == 0:
+        answer = dcp_writer.outcome_of(_first, root, metric)
+    found, rejected = dcp_writer.tell_all(answer)
     if found is None and rejected:
         raise ValueError(
             f"checkpoint {root}: none of {len(rejected)} can be used: "
@@ -200,14 +231,10 @@ def find_newest(root: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     return found, rejected
 
 
-def _check_keys(folder: Path, tensors: TensorTree) -> None:
-    """Compare names, shapes and dtypes with what is on disk, before any tensor is read."""
-    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+def _differences(folder: Path, tensors: TensorTree, *, wanted: set[str]) -> list[str]:
+    """Return how names, shapes and dtypes on disk differ from this rank's `tensors`."""
+    metadata = SafeReader(folder).read_metadata().state_dict_metadata
     flat, _ = flatten_state_dict(dict(tensors))
-    # A rank without rows of a parameter has no optimizer state for it: the union counts.
-    all_keys: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(all_keys, list(flat))
-    wanted = {key for keys in all_keys for key in keys}
     problems = [f"missing {key}" for key in sorted(wanted - set(metadata))]
     problems += [f"unexpected {key}" for key in sorted(set(metadata) - wanted)]
     for key in sorted(set(flat) & set(metadata)):
@@ -219,6 +246,20 @@ def _check_keys(folder: Path, tensors: TensorTree) -> None:
                 f"{key} is {tuple(stored.size)} {stored.properties.dtype}, "
                 f"the model has {tuple(flat[key].shape)} {flat[key].dtype}"
             )
+    return problems
+
+
+def _check_keys(folder: Path, tensors: TensorTree) -> None:
+    """Compare names, shapes and dtypes with what is on disk, before any tensor is read."""
+    flat, _ = flatten_state_dict(dict(tensors))
+    # A rank without rows of a parameter has no optimizer state for it: the union counts.
+    wanted = {key for keys in dcp_writer.exchange(list(flat)) for key in keys}
+    try:
+        found = _differences(folder, tensors, wanted=wanted)
+    except (OSError, ValueError) as error:
+        found = [str(error)]
+    # Shapes are compared by who has the tensor, but all must stop if one does.
+    problems = dict.fromkeys(item for items in dcp_writer.exchange(found) for item in items)
     if problems:
         raise ValueError(f"checkpoint {folder}: {len(problems)} differences: {'; '.join(problems)}")
 
@@ -228,33 +269,14 @@ def load(checkpoint: Checkpoint, tensors: TensorTree) -> None:
 
     Raises:
         ValueError: A name, shape or dtype differs; all are listed and no tensor was touched.
+        OSError: On every rank, if a rank cannot read its part.
     """
     _check_keys(checkpoint.folder, tensors)
-    state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(checkpoint.folder))
-
-
-def _val_loss(folder: Path) -> float:
-    """Return the validation loss in a checkpoint's state, infinity if it was not validated."""
     try:
-        loss = json.loads((folder / "state.json").read_text())["metrics"]["val_loss"]
-    except (OSError, KeyError, ValueError):
-        return math.inf
-    return float(loss)
-
-
-def sweep(root: Path, newest: Path, *, keep_last: int, rejected: Collection[Path]) -> list[Path]:
-    """Delete old checkpoints and abandoned staging folders; return what was deleted. Rank 0 only.
-
-    `newest`, the newest `keep_last` and the one of the lowest validation loss stay. Those that were
-    `rejected` on resume are neither counted nor touched: a person may want to look at them.
-    """
-    folders = [path for path in _candidates(root) if path not in rejected]
-    best = min(folders, key=_val_loss, default=None)
-    old = [path for path in folders[keep_last:] if path not in (newest, best)]
-    old += [path for path in root.iterdir() if _STAGING.fullmatch(path.name)]
-    for path in old:
-        shutil.rmtree(path)
-    return old
+        state_dict_loader.load(dict(tensors), storage_reader=SafeReader(checkpoint.folder))
+    except CheckpointException as error:  # no Exception, so nobody up there would say it in a line
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"checkpoint {checkpoint.folder}: rank {rank}: {cause}") from error
 
 
 def load_torch_checkpoint(path: Path, model: nn.Module) -> None:

@@ -150,6 +150,11 @@ def build_meshes(*, dp_outer: int, dp_shard: int | None, ep: int, device: torch.
         ValueError: The product is not the world size; the message spells the product out.
     """
     world_size = dist.get_world_size()
+    if dp_shard is None and world_size % (dp_outer * ep):
+        raise ValueError(
+            f"config distributed: dp_outer={dp_outer} * ep={ep} = {dp_outer * ep}, must divide the "
+            f"world size {world_size}"
+        )
     shard = world_size // (dp_outer * ep) if dp_shard is None else dp_shard
     if dp_outer * shard * ep != world_size:
         raise ValueError(

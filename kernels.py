@@ -341,35 +341,36 @@ def combine(y_RD: Tensor, weight_Tk: Tensor, inverse_R: Tensor, *, backend: str)
 
 
 @torch.library.custom_op("moevit::gather_rows", mutates_args=())
-def _gather_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, backend: str) -> Tensor:
-    num_choices = order_R.numel() // max(x_TD.shape[0], 1)
-    return x_TD.index_select(0, order_R // max(num_choices, 1))
+def _gather_rows(
+    x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, num_choices: int, backend: str
+) -> Tensor:
+    return x_TD.index_select(0, order_R // num_choices)
 
 
 @_gather_rows.register_fake
-def _gather_rows_fake(x_TD: Tensor, order_R: Tensor, _: Tensor, __: str) -> Tensor:
+def _gather_rows_fake(x_TD: Tensor, order_R: Tensor, _: Tensor, __: int, ___: str) -> Tensor:
     return x_TD.new_empty(order_R.shape[0], x_TD.shape[1])
 
 
 def _keep_for_gather(
-    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, int, str], output: Tensor
 ) -> None:
-    x_TD, _, inverse_R, ctx.backend = inputs
-    ctx.num_choices = inverse_R.shape[0] // max(x_TD.shape[0], 1)
+    _, _, inverse_R, ctx.num_choices, ctx.backend = inputs
     ctx.save_for_backward(inverse_R)
 
 
 def _differentiate_gather(ctx: _Context, dx_RD: Tensor) -> tuple[Tensor | None, ...]:
     (inverse_R,) = ctx.saved_tensors
-    return _combine(dx_RD, None, inverse_R, ctx.num_choices, ctx.backend), None, None, None
+    dx_TD = _combine(dx_RD, None, inverse_R, ctx.num_choices, ctx.backend)
+    return dx_TD, None, None, None, None
 
 
 _gather_rows.register_autograd(_differentiate_gather, setup_context=_keep_for_gather)
 
 
-def gather_rows(x_TD: Tensor, plan: RowPlan, *, backend: str) -> Tensor:
+def gather_rows(x_TD: Tensor, plan: RowPlan, *, num_choices: int, backend: str) -> Tensor:
     """Return each sorted row's token, dropped rows last; its gradient is a gather-sum, no atomics.
 
-    Shapes: x_TD -> x_RD with R = T*k
+    Shapes: x_TD -> x_RD with R = T*k, where k is `num_choices`
     """
-    return _gather_rows(x_TD, plan.order_R, plan.inverse_R, backend)
+    return _gather_rows(x_TD, plan.order_R, plan.inverse_R, num_choices, backend)

@@ -10,12 +10,10 @@ from everyone else by `canonical_name` and `use_canonical_state_dict`. No blocks
 import contextlib
 import importlib
 import re
-from collections.abc import Callable
 from types import ModuleType
 from typing import Protocol
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -149,17 +147,6 @@ def use_canonical_state_dict(block: nn.Module) -> None:
     block.register_state_dict_post_hook(_rename_saved)
     block.register_load_state_dict_pre_hook(_rename_loaded)
     block.register_load_state_dict_post_hook(_forget_extra_state)
-
-
-def checkpoint(block: Callable[[Tensor], Tensor], x_BLD: Tensor, *, backend: str) -> Tensor:
-    """Return block(x_BLD), keeping only x_BLD for backward and running the block again there.
-
-    TE has a checkpoint of its own: recomputation happens outside of `fp8_context`, and must neither
-    lose fp8 nor record the scaling history twice.
-    """
-    if backend == "te":
-        return transformer_engine().checkpoint(block, x_BLD, use_reentrant=False)
-    return torch.utils.checkpoint.checkpoint(block, x_BLD, use_reentrant=False)
 
 
 def _unfilled(meta_module: nn.Module) -> nn.Module:

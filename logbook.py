@@ -110,12 +110,16 @@ class Logbook:
         )
 
     def event(self, name: str, **values: object) -> None:
-        """Print one `name key=value ...` line and add it to log.jsonl."""
+        """Print one `name key=value ...` line and add it to log.jsonl.
+
+        What has a dot in its name belongs to one of many layers and is not printed.
+        """
         if not self._is_main:
             return
         if self._file is not None:
             self._file.write(json.dumps({"time": time.time(), "event": name, **values}) + "\n")
-        tqdm.write(" ".join([name, *(f"{key}={value}" for key, value in values.items())]))
+        shown = [f"{key}={value}" for key, value in values.items() if "." not in key]
+        tqdm.write(" ".join([name, *shown]))
 
     def metrics(self, kind: str, *, step: int, values: Mapping[str, float]) -> None:
         """Log figures of `kind` (train, val) after `step` updates to every sink."""

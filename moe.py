@@ -10,7 +10,8 @@ was not passed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import init
 import kernels
-from layers import Mlp
+from layers import Mlp, through
 from routers import Router, Routing
 
 
@@ -43,8 +44,9 @@ class Exchange(Protocol):
 class Experts(nn.Module):
     """The weights of this rank's experts, stored 2-D so that sharding them needs no padding.
 
-    w_in [e*F, D] (twice the rows for gated activations), b_in [e, F], w_out [e*D, F], b_out [e, D],
-    where e is the number of experts on this rank: rows rank*e to (rank+1)*e of the global tensors.
+    w_in [e*F, D] (twice the rows for gated activations), b_in [e, F], w_out [e*D, F], b_out [e, D]
+    (no b_in, b_out without biases), where e is the number of experts on this rank: rows rank*e to
+    (rank+1)*e of the global tensors.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Experts(nn.Module):
         *,
         num_experts: int,
         activation: str,
+        bias: bool,
         ep_size: int,
         ep_rank: int,
     ) -> None:
@@ -62,10 +65,11 @@ class Experts(nn.Module):
         rows = hidden_dim * (2 if kernels.ACTIVATIONS[activation][1] else 1)
         self.activation = activation
         self.ep_size, self.ep_rank = ep_size, ep_rank
+        self.num_local = local
         self.w_in = nn.Parameter(torch.empty(local * rows, dim))
-        self.b_in = nn.Parameter(torch.empty(local, rows))
+        self.b_in = nn.Parameter(torch.empty(local, rows)) if bias else None
         self.w_out = nn.Parameter(torch.empty(local * dim, hidden_dim))
-        self.b_out = nn.Parameter(torch.empty(local, dim))
+        self.b_out = nn.Parameter(torch.empty(local, dim)) if bias else None
         self.mark()
 
     def mark(self) -> None:
@@ -101,6 +105,8 @@ class MoE(nn.Module):
         *,
         router: Router,
         activation: str,
+        bias: bool = True,
+        drop: float = 0.0,
         shared: Mlp | None,
         kernel_backend: str,
         exchange: Exchange | None,
@@ -113,10 +119,12 @@ class MoE(nn.Module):
             hidden_dim,
             num_experts=router.options.num_experts,
             activation=activation,
+            bias=bias,
             ep_size=1 if exchange is None else exchange.size,
             ep_rank=0 if exchange is None else exchange.rank,
         )
         self.shared = shared
+        self.drop = nn.Dropout(drop) if drop > 0 else None
         self.kernel_backend = kernel_backend
         self.exchange = exchange
         self.sum_over_ranks = sum_over_ranks
@@ -126,10 +134,23 @@ class MoE(nn.Module):
     def flops_per_token(self) -> int:
         """FLOPs of the forward pass of one token through router, k experts and shared expert."""
         e = self.experts
-        per_expert = 2 * (e.w_in.numel() + e.w_out.numel()) // e.b_in.shape[0]
+        per_expert = 2 * (e.w_in.numel() + e.w_out.numel()) // e.num_local
         shared = 0 if self.shared is None else self.shared.flops_per_token
         router = 2 * e.w_in.shape[1] * self.router.options.num_experts
         return router + self.router.options.top_k * per_expert + shared
+
+    @contextlib.contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """Keep `routing` as the forward left it: it would hold all that was recomputed."""
+        kept = self.routing
+        try:
+            yield
+        finally:
+            self.routing = kept
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what belongs to the last forward: a graph cannot be copied."""
+        return {**self.__dict__, "routing": None}
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the feed-forward branch: x_BLD -> x_BLD."""
@@ -145,7 +166,7 @@ class MoE(nn.Module):
             y_TD = self._among_peers(x_TD, routing, self.exchange)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view_as(x_BLD)
+        return through(self.drop, y_TD).view_as(x_BLD)
 
     def _experts(self, x_TD: Tensor, weight_Tk: Tensor, plan: kernels.RowPlan) -> Tensor:
         e = self.experts
@@ -169,7 +190,10 @@ class MoE(nn.Module):
         receive_Ee = exchange.counts(send_Ee)
         send, receive = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).tolist()
         # Dropped rows stand last in the plan and stay here.
-        x_RD = kernels.gather_rows(x_TD, plan, backend=self.kernel_backend)[: sum(send)]
+        num_choices = routing.weight_Tk.shape[1]
+        x_RD = kernels.gather_rows(
+            x_TD, plan, num_choices=num_choices, backend=self.kernel_backend
+        )[: sum(send)]
         x_ND = exchange.rows(x_RD, send=send, receive=receive)
         # Rows arrive by peer and, within a peer, by expert.
         local_e = torch.arange(num_experts // size, device=x_TD.device).repeat(size)
@@ -190,30 +214,36 @@ def expert_blocks(
         ValueError: There is none, or one that the model does not have.
     """
     if blocks is not None:
-        chosen = sorted(set(blocks))
+        chosen, given = sorted(set(blocks)), f"blocks={blocks}"
     elif last_n is not None:
-        chosen = list(range(depth - last_n, depth))
+        chosen, given = list(range(depth - last_n, depth)), f"last_n={last_n}"
     else:
         assert every_n is not None, "the options are checked: exactly one is given"
-        chosen = list(range(every_n - 1, depth, every_n))
+        chosen, given = list(range(every_n - 1, depth, every_n)), f"every_n={every_n}"
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise ValueError(f"config model.moe: blocks {chosen} must be some of 0 to {depth - 1}")
+        raise ValueError(f"config model.moe.{given}: must be some of the blocks 0 to {depth - 1}")
     return chosen
 
 
 def balance_loss(model: nn.Module) -> Tensor:
     """Return the sum of the balance losses of the last forward, 0 for a dense model."""
-    total = torch.zeros(())
-    for module in model.modules():
-        if isinstance(module, MoE) and module.routing is not None:
-            total = total.to(module.routing.balance_loss.device) + module.routing.balance_loss
-    return total
+    losses = [routing.balance_loss for routing in routings(model).values()]
+    # A zero of a dense model stays on the host: to copy it to the device would wait.
+    return sum(losses[1:], losses[0]) if losses else torch.zeros(())
+
+
+def routings(model: nn.Module) -> dict[str, Routing]:
+    """Return the routing of the last forward, by the layer's name in the ViT."""
+    return {
+        name.removeprefix("module."): module.routing
+        for name, module in model.named_modules()
+        if isinstance(module, MoE) and module.routing is not None
+    }
 
 
 def expert_load(model: nn.Module) -> dict[str, Tensor]:
-    """Return rows per expert of this rank's last forward, by the layer's name in the ViT."""
+    """Return this rank's rows per expert in the last forward, then the dropped ones, [E+1]."""
     return {
-        name.removeprefix("module."): module.routing.rows_per_expert_E
-        for name, module in model.named_modules()
-        if isinstance(module, MoE) and module.routing is not None
+        name: torch.cat([routing.rows_per_expert_E, routing.num_dropped[None]])
+        for name, routing in routings(model).items()
     }

@@ -1,17 +1,17 @@
-"""Parameter groups, learning rate as a function of the step, and the optimizers.
+"""Parameter groups, learning rate as a function of the step, the optimizers, averaged weights.
 
-Nothing here holds state of its own: the learning rate of a step depends on the step alone, so a
-resumed run needs no scheduler.
+The learning rate of a step depends on the step alone, so a resumed run needs no scheduler.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Parameters that are positions or tokens, not linear maps; matched by the last part of the name.
 NO_DECAY_NAMES = ("cls_token", "reg_token", "pos_embed", "dist_token")
@@ -88,3 +88,34 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+class Ema:
+    """Exponential moving average of tensors, fp32, beginning at their values.
+
+    average = decay * average + (1 - decay) * tensor at every `update`. Elementwise, so shards are
+    averaged where they are.
+    """
+
+    def __init__(self, tensors: list[Tensor], *, decay: float) -> None:
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self.average = [tensor.clone() for tensor in self.tensors]
+        self.decay = decay
+
+    def update(self) -> None:
+        """Take the tensors' present values into the average."""
+        torch._foreach_lerp_(self.average, self.tensors, 1 - self.decay)
+
+    def _swap(self) -> None:
+        kept = [tensor.clone() for tensor in self.tensors]
+        torch._foreach_copy_(self.tensors, self.average)
+        torch._foreach_copy_(self.average, kept)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Give the tensors their averages' values, and their own back at the end."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()

@@ -1,6 +1,6 @@
 """What a run saves besides its tensors, and what a checkpoint must agree with to continue it.
 
-Run -> facts -> save -> <run folder>/step_<n>_loss_<x>
+Run -> facts -> <run folder>/step_<n>_loss_<x>/state.json
 <run folder> -> resume -> Start
 """
 
@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch.distributed as dist
+
 import checkpoint
+import compose
+import dcp_writer
 import image_index
+import run_folder
 import sharding
 from assemble import Run
 from logbook import Logbook, versions
+
+# Names of figures as users of the option know them, where ours differ.
+_FIGURES = {"val_top1": "top1", "val_top5": "top5"}
+
+
+def figure_name(metric: str | None) -> str | None:
+    """Return "+name" or "-name" with the name that the figure has in state.json."""
+    return metric and f"{metric[0]}{_FIGURES.get(metric[1:], metric[1:])}"
 
 
 def facts(run: Run, *, step: int, figures: Mapping[str, float]) -> dict[str, object]:
@@ -33,29 +45,6 @@ def facts(run: Run, *, step: int, figures: Mapping[str, float]) -> dict[str, obj
         "config": dataclasses.asdict(run.config),
         "versions": versions(),
     }
-
-
-def save(
-    run: Run,
-    logbook: Logbook,
-    *,
-    step: int,
-    figures: Mapping[str, float],
-    rejected: Collection[Path],
-) -> Path:
-    """Write a checkpoint, delete what retention lets go, and return the new folder. Collective."""
-    started = time.perf_counter()
-    folder = checkpoint.save(
-        run.folder,
-        run.tensors(),
-        state=facts(run, step=step, figures=figures),
-        loss=figures.get("val_loss", figures["loss"]),
-    )
-    if run.world.is_main:
-        keep_last = run.config.training.checkpoint.keep_last
-        checkpoint.sweep(run.folder, folder, keep_last=keep_last, rejected=rejected)
-    logbook.event("saved", step=step, folder=str(folder), s=round(time.perf_counter() - started, 2))
-    return folder
 
 
 def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -75,9 +64,16 @@ def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
     now = facts(run, step=found.step, figures={})
     for name in ("global_batch", "seed", "train_images", "dataset_sha256"):
         if found.state[name] != now[name]:
+            made_of = ""
+            if name == "global_batch":
+                data, train = run.config.dataset.train, run.config.training
+                made_of = (
+                    f" (batch_size {data.batch_size} x grad_accum_steps {train.grad_accum_steps} "
+                    f"x {run.world.size} ranks; any that multiply to the same will do)"
+                )
             raise ValueError(
                 f"resume {found.folder}: {name}={now[name]}, the checkpoint has "
-                f"{found.state[name]}; use the same, or another training.checkpoint.path"
+                f"{found.state[name]}{made_of}; use the same, or another training.checkpoint.path"
             )
     if found.step > run.config.training.steps:
         raise ValueError(
@@ -104,11 +100,56 @@ class Start:
 
 
 def resume(run: Run) -> Start:
-    """Load the newest complete checkpoint of the run folder, if there is one. Collective."""
-    found, rejected = checkpoint.find_newest(run.folder)
+    """Load the newest or best complete checkpoint of the run folder, if any. Collective."""
+    metric = figure_name(run.config.training.checkpoint.resume_from_metric)
+    found, rejected = checkpoint.find_newest(run.folder, metric=metric)
     if found is None:
         return Start(None, rejected, [])
     changed = check_resumable(run, found)
     checkpoint.load(found, run.tensors())
     sharding.install_weights(run.model)
     return Start(found, rejected, changed)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    staged = path.with_name(f".{path.name}.staging")
+    staged.write_text(text)
+    staged.replace(path)
+
+
+def open_folder(run: Run) -> None:
+    """Check that the run can save and write what identifies it. Rank 0 writes, the others wait.
+
+    Raises:
+        OSError: On every rank, if checkpoints could not be saved.
+    """
+    run_folder.check_writable(run.folder, dcp_writer.num_bytes(run.tensors()))
+    if run.world.is_main:
+        _write_whole(run.folder / "config.yaml", compose.to_yaml(run.config))
+        _write_whole(run.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    dist.barrier()
+
+
+def open_logbook(run: Run, start: Start) -> Logbook:
+    """Return the run's log, which goes on where it was."""
+    t = run.config.training
+    return Logbook(
+        run.folder,
+        is_main=run.world.is_main,
+        step=start.step,
+        num_steps=t.steps,
+        tensorboard=t.tensorboard,
+        wandb_project=t.wandb.project,
+        wandb_mode=t.wandb.mode,
+        options=dataclasses.asdict(run.config),
+    )
+
+
+def note_start(logbook: Logbook, start: Start) -> None:
+    """Log what was resumed from, with which changes, and what was passed over."""
+    for path, reason in start.rejected.items():
+        logbook.event("rejected", folder=str(path), reason=reason)
+    if start.found is not None:
+        where = str(start.found.folder)
+        logbook.event("resumed", step=start.step, folder=where, changed=start.changed)

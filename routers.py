@@ -28,14 +28,15 @@ class Routing:
     expert_id_Tk: int64 in 0..E-1, the token's best expert first; E: dropped for want of capacity.
     weight_Tk: fp32, differentiable; 0 where dropped. What is left is not renormalised.
     balance_loss: 0-d, times its coefficients, the same on every rank; 0 in eval. See balance.py.
-    rows_per_expert_E: int64, rows that each expert gets from this rank; T*k minus its sum is the
-        number of rows dropped.
+    rows_per_expert_E: int64, rows that chose each expert on this rank, dropped ones with them.
+    num_dropped: int64, 0-d, how many of them were dropped.
     """
 
     expert_id_Tk: Tensor
     weight_Tk: Tensor
     balance_loss: Tensor
     rows_per_expert_E: Tensor
+    num_dropped: Tensor
 
 
 class _FullPrecisionLinear(torch.autograd.Function):
@@ -146,6 +147,13 @@ def jittered(x_TD: Tensor, jitter: float) -> Tensor:
     return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
 
 
+def some_closed(ranking_TE: Tensor, probability: float) -> Tensor:
+    """Return the ranking with each expert behind all open ones with that probability, per token."""
+    is_closed_TE = torch.rand_like(ranking_TE) < probability
+    span_T1 = ranking_TE.amax(1, keepdim=True) - ranking_TE.amin(1, keepdim=True) + 1
+    return ranking_TE - is_closed_TE * span_T1
+
+
 def keep_within_capacity(
     expert_id_Tk: Tensor, priority_T: Tensor, *, num_experts: int, capacity: int
 ) -> Tensor:
@@ -185,7 +193,9 @@ class RouterOptions:
     normalize: bool
     noise_std: float
     jitter: float
+    expert_drop: float
     capacity_factor: float | None
+    forced_balance: bool
     coefs: Coefficients
 
     def __post_init__(self) -> None:
@@ -195,6 +205,7 @@ class RouterOptions:
         _require(k >= 1, "top_k", k, "must be at least 1")
         _require(k <= num_experts, "top_k", k, f"must be at most num_experts={num_experts}")
         _require(0 <= self.jitter < 1, "jitter", self.jitter, "must be in [0, 1)")
+        self._check_expert_drop()
         self._check_weights()
         self._check_noise()
         self._check_capacity()
@@ -204,6 +215,14 @@ class RouterOptions:
     def is_noisy(self) -> bool:
         """True if the gate adds noise in training."""
         return self.kind in ("noisy", "noisy_topk")
+
+    def _check_expert_drop(self) -> None:
+        drop = self.expert_drop
+        _require(0 <= drop < 1, "expert_drop", drop, "must be in [0, 1)")
+        if drop:
+            allowed = f"every token goes to every expert (top_k={self.top_k}): must be 0"
+            _require(self.top_k < self.num_experts, "expert_drop", drop, allowed)
+            _require(not self.forced_balance, "expert_drop", drop, "must be 0 with forced_balance")
 
     def _check_weights(self) -> None:
         if self.kind == "noisy_topk":
@@ -256,8 +275,11 @@ class Router(nn.Module):
         noise_std: kind=noisy: standard deviation of the noise on the logits, times E.
         jitter: the gate's input is multiplied by U(1 - jitter, 1 + jitter) in training; keeps an
             fp32 copy of it for backward.
-        capacity_factor: an expert takes at most ceil(capacity_factor * T * k / E) rows of a rank;
-            None: all. See keep_within_capacity; the priority of a token is its best score.
+        expert_drop: in training, each expert is closed to each token with this probability; closed
+            ones are chosen, best first, only where fewer than k are open. Weights stay as they are.
+        capacity_factor: in training, an expert takes at most ceil(capacity_factor * T * k / E) rows
+            of a rank; None: all, as in eval, where a batch must not decide on an image. See
+            keep_within_capacity; the priority of a token is its best score.
         forced_balance: send choice j of token t to expert (t * k + j) % E, for benchmarks.
         coefs: of the balance losses. load needs a kind with noise, sequence `tokens_per_image` in
             forward; load, switch and sequence top_k < num_experts.
@@ -276,6 +298,7 @@ class Router(nn.Module):
         normalize: bool | None = None,
         noise_std: float = 0.0,
         jitter: float = 0.0,
+        expert_drop: float = 0.0,
         capacity_factor: float | None = None,
         forced_balance: bool = False,
         coefs: Coefficients = NO_BALANCE,
@@ -290,16 +313,20 @@ class Router(nn.Module):
             normalize=NORMALIZES[kind] if normalize is None else normalize,
             noise_std=noise_std,
             jitter=jitter,
+            expert_drop=expert_drop,
             capacity_factor=capacity_factor,
+            forced_balance=forced_balance,
             coefs=coefs,
         )
-        self.forced_balance = forced_balance
         self.gate = GATES[kind](dim, num_experts, kind=kind, noise_std=noise_std)
 
     def _choose(self, ranking_TE: Tensor) -> Tensor:
         num_tokens, num_experts = ranking_TE.shape
-        if not self.forced_balance:
-            return ranking_TE.detach().topk(self.top_k).indices
+        if not self.options.forced_balance:
+            ranking_TE = ranking_TE.detach()
+            if self.training and self.options.expert_drop:
+                ranking_TE = some_closed(ranking_TE, self.options.expert_drop)
+            return ranking_TE.topk(self.top_k).indices
         rows_R = torch.arange(num_tokens * self.top_k, device=ranking_TE.device)
         return (rows_R % num_experts).view(num_tokens, -1)
 
@@ -346,10 +373,12 @@ class Router(nn.Module):
                 tokens_per_image=tokens_per_image,
                 sum_over_ranks=sum_over_ranks,
             )
-        if o.capacity_factor is not None:
+        rows_E = count_rows(expert_id_Tk, num_experts=self.num_experts)
+        num_dropped = rows_E.new_zeros(())
+        if self.training and o.capacity_factor is not None:
             priority_T = score_Tk.detach().amax(1)
             expert_id_Tk, weight_Tk = self._drop(
                 expert_id_Tk, weight_Tk, priority_T, o.capacity_factor
             )
-        rows_E = count_rows(expert_id_Tk, num_experts=self.num_experts)
-        return Routing(expert_id_Tk, weight_Tk, loss, rows_E)
+            num_dropped = (expert_id_Tk == self.num_experts).sum()
+        return Routing(expert_id_Tk, weight_Tk, loss, rows_E, num_dropped)

@@ -51,7 +51,7 @@ class ViTOptions:
     qk_norm: bool = option(False, "LayerNorm on queries and keys of each head")
     scale_attn_norm: bool = option(False, "LayerNorm before the attention output projection")
     scale_mlp_norm: bool = option(False, "LayerNorm inside the FFN, before its second matrix")
-    proj_bias: bool = option(True, "biases of the attention output and the FFN")
+    proj_bias: bool = option(True, "biases of the attention output, the FFN and the experts")
     init_values: float | None = option(None, "initial LayerScale; null: no LayerScale", low=0)
     class_token: bool = option(True, "prepend a class token")
     pos_embed: str = option("learn", "position embedding", choices=("learn", "none"))
@@ -65,7 +65,9 @@ class ViTOptions:
     drop_rate: float = option(0.0, "dropout before the head", low=0, high=1)
     pos_drop_rate: float = option(0.0, "dropout after the position embedding", low=0, high=1)
     patch_drop_rate: float = option(0.0, "share of patches dropped in training", low=0, high=1)
-    proj_drop_rate: float = option(0.0, "dropout after projections", low=0, high=1)
+    proj_drop_rate: float = option(
+        0.0, "dropout after projections; in experts after the last", low=0, high=1
+    )
     attn_drop_rate: float = option(0.0, "dropout on attention weights", low=0, high=1)
     drop_path_rate: float = option(0.0, "stochastic depth of the last block", low=0, high=1)
     weight_init: str = option(
@@ -99,6 +101,9 @@ class MoEOptions:
     )
     noise_std: float = option(0.0, "router noisy: std of the noise on logits, times E", low=0)
     jitter: float = option(0.0, "router input times U(1 - jitter, 1 + jitter) in training", low=0)
+    expert_drop: float = option(
+        0.0, "probability that an expert is closed to a token, in training", low=0, high=1
+    )
     capacity_factor: float | None = option(
         None, "limit of an expert's rows, over an even share; null: none is dropped", low=0.01
     )
@@ -144,6 +149,13 @@ class TrainDataOptions:
     crop_ratio: list[float] = option([0.75, 4 / 3], "aspect range of RandomResizedCrop", low=0.01)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation", low=0)
+    mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
+    cutmix: float = option(0.0, "alpha of CutMix; 0: off", low=0)
+    mixup_prob: float = option(1.0, "probability of mixing at all", low=0, high=1)
+    mixup_switch_prob: float = option(
+        0.5, "of CutMix rather than mixup where both are on", low=0, high=1
+    )
+    mixup_mode: str = option("batch", "drawn once per", choices=("batch", "pair", "elem"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +192,9 @@ class DistributedOptions:
 
     dp_outer: int = option(1, "replicas of the sharded model (HSDP)", low=1)
     dp_shard: int | None = option(None, "ranks to shard over; null: what is left", low=1)
-    ep: int = option(1, "ranks that share out the experts; 1 for a dense model", low=1)
+    ep: int | None = option(
+        1, "ranks that share out the experts; null: all, as far as it divides both", low=1
+    )
     tp: int = option(1, "tensor parallel ranks; only 1 is supported", low=1, high=1)
     timeout_s: float = option(600.0, "seconds before a stuck collective fails", low=1)
 
@@ -222,7 +236,14 @@ class CheckpointOptions:
 
     path: str = option("./ckpts/run", "run folder: checkpoints, log, TensorBoard, config")
     interval: int | None = option(None, "updates between saves; null: val_interval", low=1)
-    keep_last: int = option(2, "checkpoints kept, beside the one of the lowest loss", low=1)
+    keep_last: int = option(2, "newest checkpoints kept; counts complete ones only", low=1)
+    keep_best: int = option(1, "best ones kept besides, by resume_from_metric or -val_loss", low=0)
+    resume_from_metric: str | None = option(
+        None,
+        "resume from the checkpoint with the highest (+) or lowest (-) figure; null: the newest",
+        choices=(None, "+val_top1", "+val_top5", "-val_loss", "-loss"),
+    )
+    async_save: bool = option(False, "write in another process while training goes on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +263,9 @@ class TrainingOptions:
     log_interval: int = option(10, "updates between log lines", low=1)
     grad_accum_steps: int = option(1, "microbatches per update, communicated once", low=1)
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=1)
+    ema_decay: float | None = option(
+        None, "per update, of an average of the weights, validated too; null: none", low=0, high=1
+    )
     seed: int = option(0, "seed of weights, order, augmentation and dropout", low=0)
     checkpoint: CheckpointOptions = section(CheckpointOptions)
     tensorboard: bool = option(True, "write TensorBoard events to the run folder")

@@ -155,6 +155,10 @@ def shard_model(
     `compute_dtype`. A gradient is the sum over all ranks, so the loss of a rank must be divided
     by the number of ranks (gloo has no pre-multiplied sum, and it is right for experts as well).
     """
+    for name, parameter in model.named_parameters():
+        # The library asks the name in one place and the attribute in another.
+        is_expert = getattr(parameter, "allreduce", True) is False
+        assert is_expert == (".experts." in name), f"{name} is half an expert"
     device = torch.device(meshes.dense.device_type)
     if device.type == "cpu":
         _install_cpu_shim()
@@ -354,7 +358,13 @@ def _like_main(local: Tensor, main: DTensor) -> DTensor:
 
 def model_state(shards: list[Shard]) -> dict[str, Tensor]:
     """Return the main weights by name, as DTensors on the training memory."""
-    return {shard.name: _like_main(shard.local.detach(), shard.main) for shard in shards}
+    return state_like_model(shards, [shard.local.detach() for shard in shards])
+
+
+def state_like_model(shards: list[Shard], values: list[Tensor]) -> dict[str, Tensor]:
+    """Return `values`, one per shard and shaped like it, by name as DTensors on their memory."""
+    pairs = zip(shards, values, strict=True)
+    return {shard.name: _like_main(value, shard.main) for shard, value in pairs}
 
 
 def optimizer_state(

@@ -22,19 +22,19 @@ def activate(z_RF: Tensor, function: str, *, is_gated: bool) -> Tensor:
     return getattr(functional, function)(gate_RF).mul_(value_RF)
 
 
-def _slope_times(function: str, grad: Tensor, z: Tensor) -> Tensor:
+def _slope_times_(function: str, grad: Tensor, z: Tensor) -> Tensor:
     if function == "relu":
-        return torch.ops.aten.threshold_backward(grad, z, 0)
-    return getattr(torch.ops.aten, f"{function}_backward")(grad, z)
+        return torch.ops.aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)
+    return getattr(torch.ops.aten, f"{function}_backward").grad_input(grad, z, grad_input=grad)
 
 
 def activate_grad(grad_RF: Tensor, z_RF: Tensor, function: str, *, is_gated: bool) -> Tensor:
-    """Return the gradient of z, given that of activate(z)."""
+    """Return the gradient of z, given that of activate(z); may write over the latter."""
     if not is_gated:
-        return _slope_times(function, grad_RF, z_RF)
+        return _slope_times_(function, grad_RF, z_RF)
     gate_RF, value_RF = z_RF.chunk(2, dim=-1)
     value_grad_RF = grad_RF * getattr(functional, function)(gate_RF)
-    return torch.cat((_slope_times(function, grad_RF * value_RF, gate_RF), value_grad_RF), dim=-1)
+    return torch.cat((_slope_times_(function, grad_RF * value_RF, gate_RF), value_grad_RF), dim=-1)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -46,18 +46,18 @@ def combine(
 ) -> Tensor:
     """Return y_TD = sum_j weight[t, j] * y[inverse[t*k+j]], where a negative position adds nothing.
 
-    Numerics: sums in fp32 or wider. Choice by choice: less than half of a bmm's time on CPU.
+    Numerics: sums in fp32 or wider. Adds rows where they stand: a third of the time of a sum that
+    copies them choice by choice, on CPU.
     """
-    position_Tk = inverse_R.view(-1, num_choices)
-    sum_TD = y_RD.new_zeros((len(position_Tk), y_RD.shape[1]), dtype=_sum_dtype(y_RD))
+    position_Tk, wide = inverse_R.view(-1, num_choices), _sum_dtype(y_RD)
     if y_RD.shape[0] == 0:
-        return sum_TD.to(y_RD.dtype)
-    scale_Tk = (position_Tk >= 0).to(sum_TD.dtype)
-    scale_Tk = scale_Tk if weight_Tk is None else scale_Tk * weight_Tk
-    position_Tk = position_Tk.clamp(min=0)
-    for choice in range(num_choices):
-        y_TD = y_RD.index_select(0, position_Tk[:, choice]).to(sum_TD.dtype)
-        sum_TD.addcmul_(y_TD, scale_Tk[:, choice, None].to(sum_TD.dtype))
+        return y_RD.new_zeros((len(position_Tk), y_RD.shape[1]))
+    scale_Tk = (position_Tk >= 0).to(wide)
+    if weight_Tk is not None:
+        scale_Tk.mul_(weight_Tk)
+    sum_TD = functional.embedding_bag(
+        position_Tk.clamp(min=0), y_RD.to(wide), per_sample_weights=scale_Tk, mode="sum"
+    )
     return sum_TD.to(y_RD.dtype)
 
 
@@ -188,20 +188,21 @@ def _place_for_grads(
     pairs = zip(values, needs[2:], strict=True)
     by_expert = [torch.empty_like(v) if need and v is not None else None for v, need in pairs]
     busy = {expert for expert, _, _ in rows.ranges}
-    for grad in by_expert:
-        idle = [] if grad is None else [g for e, g in enumerate(grad) if e not in busy]
-        for grad_of_expert in idle:
-            grad_of_expert.zero_()
+    for grad in (g for g in by_expert if g is not None):
+        for expert in set(range(len(grad))) - busy:
+            grad[expert].zero_()
     return _Grads(x_RD, gate_R, *by_expert)
 
 
-def _sum_of_token(grads: _Grads, weight_Tk: Tensor, inverse_R: Tensor) -> list[Tensor | None]:
-    num_choices, dx_TD, dweight_Tk = weight_Tk.shape[1], None, None
+def _by_token(
+    grads: _Grads, rows: _Rows, weight_Tk: Tensor, inverse_R: Tensor
+) -> list[Tensor | None]:
+    dx_TD = dweight_Tk = None
     if grads.x_RD is not None:
-        dx_TD = combine(grads.x_RD, None, inverse_R, num_choices=num_choices)
+        dx_TD = combine(grads.x_RD, None, inverse_R, num_choices=weight_Tk.shape[1])
     if grads.gate_R is not None:
-        gate_R1 = grads.gate_R[:, None]
-        dweight_Tk = combine(gate_R1, None, inverse_R, num_choices=1).view_as(weight_Tk)
+        dweight_R = weight_Tk.new_zeros(weight_Tk.numel())
+        dweight_Tk = dweight_R.index_copy_(0, rows.order_R.long(), grads.gate_R).view_as(weight_Tk)
     return [dx_TD, dweight_Tk]
 
 
@@ -248,7 +249,7 @@ def backward(
             dz_rows = activate_grad(dh_rows, z_rows, function, is_gated=is_gated)
             x_rows = x_TD.index_select(0, token_rows)
             _input_grads(grads, span, dz_rows=dz_rows, x_rows=x_rows, w_in=w_in_EFD[expert])
-    of_tokens = _sum_of_token(grads, weight_Tk, inverse_R)
+    of_tokens = _by_token(grads, rows, weight_Tk, inverse_R)
     of_weights = [grads.w_in_EFD, grads.b_in_EF, grads.w_out_EDF, grads.b_out_ED]
     like = [w_in, b_in, w_out, b_out]
     pairs = zip(of_weights, like, strict=True)

@@ -13,8 +13,8 @@ set lr -> microbatches (forward, backward) -> clip -> update -> log -> validate 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -31,23 +31,27 @@ from torch.nn import functional as F  # noqa: N812  # the name that everyone use
 import assemble
 import compose
 import distributed
+import expert_load
 import layers
 import moe
 import optim
+import run_folder
+import scoring
 import sharding
 from assemble import Run
+from dcp_writer import NonFiniteTensorError
 from distributed import World
-from imagenet_dataset import NOT_COUNTED, Batch
-from logbook import Logbook, print_table, versions
-from resume import Start, resume, save
+from expert_load import ExpertLoad
+from imagenet_dataset import Batch
+from logbook import Logbook, print_table
+from optim import Ema
+from resume import Start, note_start, open_folder, open_logbook, resume
+from saver import Saver
 from schema import Config
+from scoring import NonFiniteError
+from stopping import EXIT_STOPPED, Stopped, StopSignals
 
-LEAST_LOAD, MOST_LOAD = "least_load.", "most_load."
 EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_INTERRUPTED = 2, 5, 130
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradients stopped being finite numbers."""
 
 
 @dataclasses.dataclass
@@ -57,6 +61,7 @@ class Meter:
     loss: Tensor
     balance: Tensor
     grad_norm: Tensor
+    load: ExpertLoad
     started: float
     steps: int = 0
     data_s: float = 0.0
@@ -65,12 +70,26 @@ class Meter:
     def start(cls, device: torch.device) -> Meter:
         """Return a meter at zero, its clock running."""
         zeros = torch.zeros(3, device=device)
-        return cls(zeros[0], zeros[1], zeros[2], time.perf_counter())
+        return cls(zeros[0], zeros[1], zeros[2], ExpertLoad(), time.perf_counter())
 
 
-def smoothed_loss(logits_BY: Tensor, label_B: Tensor, *, smoothing: float) -> Tensor:
-    """Return the mean cross-entropy in fp32, with label smoothing (arXiv:1512.00567, sec. 7)."""
-    return F.cross_entropy(logits_BY.float(), label_B, label_smoothing=smoothing)
+def smoothed_loss(logits_BY: Tensor, target: Tensor, *, smoothing: float) -> Tensor:
+    """Return the mean cross-entropy in fp32 against labels or against target_BY.
+
+    Labels are smoothed (arXiv:1512.00567, sec. 7); mixed targets are already.
+    """
+    is_mixed = target.ndim > 1
+    return F.cross_entropy(logits_BY.float(), target, label_smoothing=0 if is_mixed else smoothing)
+
+
+def to_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the images in the compute dtype and the labels, or target_BY if they are mixed."""
+    image_BCHW = batch.image_BCHW.to(run.world.device, non_blocking=True)
+    target = batch.label_B.to(run.world.device, non_blocking=True)
+    if run.mixer is not None:
+        group = int(batch.position_B[0]) // len(batch.position_B)
+        image_BCHW, target = run.mixer(image_BCHW, target, group=group)
+    return image_BCHW.to(run.dtype), target
 
 
 def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -> None:
@@ -87,75 +106,67 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
         asked = time.perf_counter()
         batch = next(batches)
         meter.data_s += time.perf_counter() - asked
-        image_BCHW = batch.image_BCHW.to(run.world.device, run.dtype, non_blocking=True)
-        label_B = batch.label_B.to(run.world.device, non_blocking=True)
+        image_BCHW, target = to_device(run, batch)
         distributed.seed_step(t.seed, step=step, microbatch=number, rank=run.world.rank)
         with sharding.microbatch(run.model, is_last=number == t.grad_accum_steps - 1):
             with layers.fp8_context(run.config.model.te_fp8):
                 logits_BY = run.model(image_BCHW)
-            loss = smoothed_loss(logits_BY, label_B, smoothing=t.label_smoothing) * share
+            loss = smoothed_loss(logits_BY, target, smoothing=t.label_smoothing) * share
             balance = moe.balance_loss(run.model) * share
             (loss + balance).backward()
         meter.loss += loss.detach()
         meter.balance += balance.detach()
+        meter.load.add(run.model)
     sharding.finish_gradients(run.model, run.shards)
     meter.grad_norm += sharding.clip_gradients(run.shards, o.clip_norm)
     sharding.step_optimizer(run.optimizer)
+    if run.ema is not None:
+        run.ema.update()
     meter.steps += 1
 
 
-@torch.no_grad()
-def validate(run: Run) -> dict[str, float]:
-    """Return loss, top-1 and top-5 (in percent) over the validation images, each once.
+def validate(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
+    """Return loss, top-1, top-5 and expert load over the validation images, each once. Collective.
 
     Raises:
         NonFiniteError: On every rank, if the loss is not finite.
+        Stopped: On every rank, if one was asked to stop meanwhile.
     """
-    run.model.eval()
-    sums_4 = torch.zeros(4, dtype=torch.float64, device=run.world.device)
-    loads: list[dict[str, Tensor]] = []
-    for batch in assemble.val_batches(run):
-        # Every rank runs every batch, since the forward is collective; padding is not counted.
-        image_BCHW = batch.image_BCHW.to(run.world.device, run.dtype, non_blocking=True)
-        label_B = batch.label_B.to(run.world.device, non_blocking=True)
-        logits_BY = run.model(image_BCHW).float()
-        is_real_B = label_B != NOT_COUNTED
-        logits_BY, label_B = logits_BY[is_real_B], label_B[is_real_B]
-        best_Bk = logits_BY.topk(min(5, logits_BY.shape[1]), dim=1).indices
-        is_hit_Bk = best_Bk == label_B[:, None]
-        loss = F.cross_entropy(logits_BY, label_B, reduction="sum")
-        loads.append(moe.expert_load(run.model))
-        sums_4 += torch.stack(
-            [is_real_B.sum(), loss.double(), is_hit_Bk[:, :1].sum(), is_hit_Bk.sum()]
-        ).double()
-    run.model.train()
-    dist.all_reduce(sums_4)
-    count, loss_sum, top1, top5 = sums_4.tolist()
-    if not math.isfinite(loss_sum):
-        raise NonFiniteError(f"non-finite validation loss={loss_sum / count}")
-    figures = {
-        "val_images": count,
-        "val_loss": loss_sum / count,
-        "top1": 100 * top1 / count,
-        "top5": 100 * top5 / count,
-    }
-    return figures | load_figures(loads)
+    load = ExpertLoad()
+
+    def after_batch() -> None:
+        load.add(run.model)
+        if stop is not None and stop.agreed():
+            raise Stopped("in validation")
+
+    sums_Y4 = scoring.score(
+        run.model,
+        assemble.val_batches(run),
+        device=run.world.device,
+        dtype=run.dtype,
+        after_batch=after_batch,
+    )
+    return scoring.figures(sums_Y4) | load.figures()
 
 
-def load_figures(loads: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the least and most loaded expert's percentage of the rows, by layer. Collective.
+@contextlib.contextmanager
+def averaged_weights(run: Run, ema: Ema) -> Iterator[None]:
+    """Let the model compute with the averaged weights; its own come back at the end."""
+    try:
+        with ema.swapped():
+            sharding.install_weights(run.model)
+            yield
+    finally:
+        sharding.install_weights(run.model)
 
-    `loads` are this rank's rows per expert by layer, one dict for each batch (padding included).
-    """
-    figures: dict[str, float] = {}
-    for name in loads[0] if loads else ():
-        rows_E = torch.stack([load[name] for load in loads]).sum(0)
-        dist.all_reduce(rows_E)
-        percent_E = 100 * rows_E.double() / rows_E.sum()
-        figures[f"{LEAST_LOAD}{name}"], figures[f"{MOST_LOAD}{name}"] = (
-            percent_E.min().item(),
-            percent_E.max().item(),
-        )
+
+def validate_all(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
+    """Return the figures of `validate`, and of the averaged weights as ema_* if there are any."""
+    figures = validate(run, stop)
+    if run.ema is not None:
+        with averaged_weights(run, run.ema):
+            averaged = validate(run, stop)
+        figures |= {f"ema_{name}": averaged[name] for name in ("val_loss", "top1", "top5")}
     return figures
 
 
@@ -187,40 +198,32 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
     }
     if run.config.model.moe.num_experts:
         figures["balance_loss"] = balance
+        figures |= meter.load.figures()
     if peak is not None:
         figures["mfu_percent"] = 100 * flops_per_s / (peak * 1e12)
     return figures
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    staged = path.with_name(f".{path.name}.staging")
-    staged.write_text(text)
-    staged.replace(path)
+def fit(
+    run: Run, logbook: Logbook, *, start: Start, saver: Saver, stop: StopSignals
+) -> dict[str, float]:
+    """Run the updates from `start` to the last and save; return the last figures.
 
-
-def open_folder(run: Run) -> None:
-    """Make the run folder and write what identifies the run. Rank 0 writes, the others wait."""
-    if run.world.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(run.folder / "config.yaml", compose.to_yaml(run.config))
-        write_whole(run.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
-    dist.barrier()
-
-
-def fit(run: Run, logbook: Logbook, *, start: Start) -> tuple[Path, dict[str, float]]:
-    """Run the updates from `start` to the last; return the last checkpoint and its figures."""
+    Raises:
+        Stopped: On every rank, when a rank was asked to stop and the checkpoint is on disk.
+    """
     t = run.config.training
     batches = assemble.train_batches(run, start_step=start.step)
     meter, images, train_s = Meter.start(run.world.device), 0, 0.0
-    folder = run.folder
     figures: dict[str, float] = {}
     for done in range(start.step + 1, t.steps + 1):
         train_step(run, batches, step=done - 1, meter=meter)
         logbook.advance()
+        saver.poll()
+        is_stopping = stop.agreed()
         is_validating = done % t.val_interval == 0 or done == t.steps
         is_saving = done % (t.checkpoint.interval or t.val_interval) == 0 or done == t.steps
-        if not (is_saving or is_validating or done % t.log_interval == 0):
+        if not (is_saving or is_validating or is_stopping or done % t.log_interval == 0):
             continue
         figures = read_meter(run, meter, step=done)
         logbook.metrics("train", step=done, values=figures)
@@ -228,22 +231,32 @@ def fit(run: Run, logbook: Logbook, *, start: Start) -> tuple[Path, dict[str, fl
         images += meter.steps * run.global_batch
         train_s += meter.steps * figures["step_ms"] / 1000
         figures["images_per_s"] = images / train_s  # of the whole run, in the checkpoint
-        if is_validating:
-            val = validate(run)
-            figures |= val
-            logbook.metrics("val", step=done, values=val)
+        if is_validating and not is_stopping:
+            with contextlib.suppress(Stopped):  # the checkpoint is more urgent than the figures
+                val = validate_all(run, stop)
+                figures |= val
+                logbook.metrics("val", step=done, values=val)
         if is_saving:
-            folder = save(run, logbook, step=done, figures=figures, rejected=start.rejected)
+            saver.save(step=done, figures=figures, is_last=done == t.steps)
+        if stop.agreed():
+            saver.ensure(step=done, figures=figures)
+            name, seconds = stop.describe()
+            logbook.event("stopped", step=done, signal=name, saved_after_s=round(seconds, 2))
+            raise Stopped(f"{name} at step {done}, checkpoint {saver.folder}")
         meter = Meter.start(run.world.device)
-    return folder, figures
+    return figures
 
 
 def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> None:
     """Print the run's last table: how good, how fast, where it is, what to type next."""
     python = shlex.quote(os.path.relpath(sys.executable))
+    averaged = {}
+    if "ema_top1" in figures:
+        averaged = {"top-1, averaged weights": f"{figures['ema_top1']:.2f} %"}
     rows = {
         "top-1": f"{figures['top1']:.2f} % of {figures['val_images']:.0f} validation images",
         "top-5": f"{figures['top5']:.2f} %",
+        **averaged,
         "validation loss": f"{figures['val_loss']:.4f}",
         "speed": f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)",
         "checkpoint": str(folder),
@@ -251,49 +264,49 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> No
         "next": f"{python} -m torch.distributed.checkpoint.format_utils dcp_to_torch "
         f"{shlex.quote(str(folder))} model.pt",
     }
-    for name, least in figures.items():
-        if name.startswith(LEAST_LOAD):
-            layer = name.removeprefix(LEAST_LOAD)
-            most = figures[f"{MOST_LOAD}{layer}"]
-            even = 100 / run.config.model.moe.num_experts
-            rows[f"experts of {layer}"] = f"{least:.1f} to {most:.1f} % of rows (even: {even:.1f})"
+    rows |= expert_load.summary(dict(figures), num_experts=run.config.model.moe.num_experts)
     print_table(f"training is complete: {run.config.training.steps} steps", rows)
 
 
-def train(config: Config, world: World) -> None:
-    """Start or resume the run that `config` describes and train it to its last step."""
-    distributed.require_equal("config", compose.to_yaml(config))
-    run, choices = assemble.prepare(config, world)
-    start = resume(run)
-    open_folder(run)
-    t = config.training
-    logbook = Logbook(
-        run.folder,
-        is_main=world.is_main,
-        step=start.step,
-        num_steps=t.steps,
-        tensorboard=t.tensorboard,
-        wandb_project=t.wandb.project,
-        wandb_mode=t.wandb.mode,
-        options=dataclasses.asdict(config),
-    )
+def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> None:
+    """Train from `start` to the last step and print the outcome; only that if all is done."""
+    saver = Saver(run, logbook, start=start)
     try:
-        logbook.event("run", **choices)
-        for path, reason in start.rejected.items():
-            logbook.event("rejected", folder=str(path), reason=reason)
-        if start.found is not None:
-            where = str(start.found.folder)
-            logbook.event("resumed", step=start.step, folder=where, changed=start.changed)
-        if start.found is not None and start.step == t.steps:
-            folder, figures = start.found.folder, start.found.metrics
-            if "top1" not in figures:  # saved between validations, and training.steps lowered to it
-                figures |= validate(run)
+        if start.found is not None and start.step == run.config.training.steps:
+            figures = start.found.metrics
+            if "top1" not in figures:  # saved between validations
+                figures |= validate_all(run)
         else:
-            folder, figures = fit(run, logbook, start=start)
+            figures = fit(run, logbook, start=start, saver=saver, stop=stop)
+    except NonFiniteError:
+        saver.drain()  # what is being written is of before
+        raise
     finally:
-        logbook.close()
-    if world.is_main:
-        print_outcome(run, folder, figures=figures)
+        saver.close()
+    if run.world.is_main:
+        assert saver.folder is not None, "the last step was saved"
+        print_outcome(run, saver.folder, figures=figures)
+
+
+def train(config: Config, world: World) -> None:
+    """Start or resume the run that `config` describes and train it to its last step.
+
+    Raises:
+        Stopped: On every rank, if a rank was asked to stop; the run can be resumed.
+    """
+    distributed.require_equal("config", compose.to_yaml(config))
+    with StopSignals() as stop:
+        run, choices = assemble.prepare(config, world)
+        with run_folder.locked(run.folder):
+            start = resume(run)
+            open_folder(run)
+            logbook = open_logbook(run, start)
+            try:
+                logbook.event("run", **choices)
+                note_start(logbook, start)
+                run_all(run, logbook, start=start, stop=stop)
+            finally:
+                logbook.close()
 
 
 def parse(argv: list[str]) -> Config:
@@ -303,7 +316,7 @@ def parse(argv: list[str]) -> Config:
         epilog=f"Options, as name=value:\n\n{compose.options_table()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-name", "-cn", default="vit_tiny_patch8_64", metavar="NAME")
+    parser.add_argument("--config-name", "-cn", default="vit_moe_tiny_patch8_64", metavar="NAME")
     parser.add_argument("--config-dir", "-cd", type=Path, default=compose.CONFIG_DIR)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--print-config", action="store_true", help="print all options and exit")
@@ -337,7 +350,11 @@ def main(argv: list[str]) -> int:
             raise
         rank, _, _ = distributed.launch_facts()
         print(f"error (rank {rank}): {last_line(error)}", file=sys.stderr, flush=True)
-        return EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_OPTIONS
+        is_non_finite = isinstance(error, NonFiniteError | NonFiniteTensorError)
+        return EXIT_NON_FINITE if is_non_finite else EXIT_OPTIONS
+    except Stopped as reason:
+        print(f"stopped: {reason}; the same command resumes", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -15,9 +15,24 @@ from torch import Tensor
 
 import triton_matmul
 import triton_rows
-from triton_seam import Constant, is_interpreted, launch, num_programs
+from triton_seam import Constant, Launcher, is_interpreted, launch, num_programs
+from triton_tiles import Tile, Tiles, layer_size, power_of_2, tiles_for
 
-__all__ = ["backward", "combine", "combine_backward", "forward", "is_interpreted"]
+__all__ = [
+    "Layer",
+    "backward",
+    "column_sum",
+    "combine",
+    "combine_backward",
+    "forward",
+    "gate_grad",
+    "hidden_grad",
+    "is_interpreted",
+    "make_layer",
+    "rows_matmul",
+    "up",
+    "weight_grad",
+]
 
 ROW_TILES_PER_PROGRAM = 64
 TOKEN_BLOCK = {"block_tokens": 8, "block_columns": 256, "num_warps": 4}
@@ -25,63 +40,7 @@ COLUMN_SUM_BLOCK = {"block_rows": 64, "block_columns": 64, "num_warps": 4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """The block sizes of a matrix product (rows, columns, depth) and how it is pipelined."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
-
-    def constants(self) -> dict[str, Constant]:
-        """Return them as the kernels' arguments."""
-        blocks = {"block_m": self.m, "block_n": self.n, "block_k": self.k}
-        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """One tile per kernel; those of `up`, `rows` and `hidden_grad` share the list of row tiles."""
-
-    up: Tile
-    rows: Tile
-    hidden_grad: Tile
-    weight_grad: Tile
-
-    def __post_init__(self) -> None:
-        assert self.up.m == self.rows.m == self.hidden_grad.m, "one list of row tiles serves three"
-
-
-# fp32 multiplies outside of the tensor cores unless tf32 is allowed; small tiles fit in registers.
-FP32_TILE = Tile(64, 64, 32, 4, 2)
-FP32_TILES = Tiles(FP32_TILE, FP32_TILE, FP32_TILE, FP32_TILE)
-# Bytes that a tile reads from L2 per FLOP fall with m*n/(m+n): 128 x 256 is what registers can hold
-# where the epilogue is light, 128 x 128 where it is not, and 64 columns where 128 leave a rest.
-SLIM, SQUARE, BROAD = Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
-GATED = Tile(128, 64, 64, 8, 3)
-DEFAULT_TILES = Tiles(SQUARE, SQUARE, SQUARE, SQUARE)
-# (width, hidden) -> tiles for 16-bit numbers.
-TILES = {
-    (192, 768): Tiles(SQUARE, SLIM, SQUARE, SLIM),
-    (384, 384): DEFAULT_TILES,
-    (384, 1536): Tiles(BROAD, SQUARE, SQUARE, SQUARE),
-    (768, 3072): Tiles(BROAD, BROAD, SQUARE, BROAD),
-    (1024, 4096): Tiles(BROAD, BROAD, SQUARE, BROAD),
-}
-
-
-def tiles_for(width: int, hidden: int, dtype: torch.dtype, *, is_gated: bool) -> Tiles:
-    """Return the tiles of a layer: from the table, or the default of the dtype's size."""
-    if dtype.itemsize > torch.bfloat16.itemsize:
-        return FP32_TILES
-    tiles = TILES.get((width, hidden), DEFAULT_TILES)
-    # A gate and a value side by side take twice the registers.
-    return dataclasses.replace(tiles, up=SQUARE, hidden_grad=GATED) if is_gated else tiles
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One call's rows and sizes, and the list of its row tiles on the device."""
 
     weight_Tk: Tensor
@@ -94,46 +53,52 @@ class _Layer:
     sizes: dict[str, Constant]  # what `up` and `hidden_grad` have in common
     width: int
     hidden: int
+    is_gated: bool
+    launch: Launcher
 
     @property
     def num_choices(self) -> int:
+        """Return k."""
         return self.weight_Tk.shape[1]
 
     @property
     def num_experts(self) -> int:
+        """Return E."""
         return self.offset_E1.numel() - 1
 
     def grid(self, num_columns: int, tile: Tile) -> tuple[int]:
         """Return a persistent grid, no larger than the tiles there can be."""
         num_tiles = self.max_row_tiles * _blocks(num_columns, tile.n)
-        return (max(1, min(num_programs(self.order_R.device), num_tiles)),)
+        return _persistent(self.order_R.device, tile, num_tiles=num_tiles)
+
+
+def _persistent(device: torch.device, tile: Tile, *, num_tiles: int) -> tuple[int]:
+    return (max(1, min(num_programs(device, per_sm=tile.programs_per_sm), num_tiles)),)
 
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _power_of_2(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _schedule(offset_E1: Tensor, num_rows: int, block_m: int) -> tuple[Tensor, int]:
+def _schedule(
+    offset_E1: Tensor, num_rows: int, *, block_m: int, launcher: Launcher
+) -> tuple[Tensor, int]:
     num_experts = offset_E1.numel() - 1
     # Each expert ends in at most one tile that is not full.
     max_tiles = num_rows // block_m + min(num_experts, num_rows)
     row_tile = torch.empty(1 + 3 * max_tiles, dtype=torch.int32, device=offset_E1.device)
     constants: dict[str, Constant] = {
         "num_experts": num_experts,
-        "block_experts": _power_of_2(num_experts),
+        "block_experts": power_of_2(num_experts),
         "block_m": block_m,
         "block_tiles": ROW_TILES_PER_PROGRAM,
     }
     grid = (max(1, _blocks(max_tiles, ROW_TILES_PER_PROGRAM)),)
-    launch(triton_rows.schedule, grid, (offset_E1, row_tile), constants)
+    launcher(triton_rows.schedule, grid, (offset_E1, row_tile), constants)
     return row_tile, max_tiles
 
 
-def _layer(
+def make_layer(
     x_TD: Tensor,
     weight_Tk: Tensor,
     *,
@@ -144,10 +109,27 @@ def _layer(
     function: str,
     is_gated: bool,
     allow_tf32: bool,
-) -> _Layer:
-    width = x_TD.shape[1]
-    tiles = tiles_for(width, hidden, x_TD.dtype, is_gated=is_gated)
-    row_tile, max_row_tiles = _schedule(offset_E1, order_R.numel(), tiles.up.m)
+    tiles: Tiles | None = None,
+    launcher: Launcher | None = None,
+) -> Layer:
+    """Return what the kernels of a call share, its row tiles listed on the device.
+
+    `tiles` are taken instead of the table's; `launcher` gets the launches instead of the device.
+    """
+    width, launcher = x_TD.shape[1], launcher or launch
+    if tiles is None:
+        size = layer_size(
+            width,
+            hidden,
+            is_gated=is_gated,
+            num_experts=offset_E1.numel() - 1,
+            dtype=x_TD.dtype,
+            num_rows=order_R.numel(),
+        )
+        tiles = tiles_for(size)
+    row_tile, max_row_tiles = _schedule(
+        offset_E1, order_R.numel(), block_m=tiles.up.m, launcher=launcher
+    )
     sizes: dict[str, Constant] = {
         "num_choices": weight_Tk.shape[1],
         "width": width,
@@ -157,12 +139,24 @@ def _layer(
         "precision": "tf32" if allow_tf32 else "ieee",
     }
     rows = (weight_Tk, order_R, inverse_R, offset_E1)
-    return _Layer(*rows, row_tile, max_row_tiles, tiles, sizes, width, hidden)
+    return Layer(*rows, row_tile, max_row_tiles, tiles, sizes, width, hidden, is_gated, launcher)
 
 
-def _rows_matmul(
-    layer: _Layer, left_RX: Tensor, weight: Tensor, *, bias: Tensor | None, is_transposed: bool
+def up(layer: Layer, x_TD: Tensor, w_in: Tensor, b_in: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the pre-activation z_RF, gate half first if gated, and h_RF = activation(z)."""
+    num_rows, halves = layer.order_R.numel(), 2 if layer.is_gated else 1
+    z_RF = x_TD.new_empty(num_rows, layer.hidden * halves)
+    h_RF = x_TD.new_empty(num_rows, layer.hidden)
+    values = (x_TD, w_in, b_in, layer.order_R, layer.row_tile, z_RF, h_RF)
+    constants = {**layer.sizes, "has_bias": b_in is not None, **layer.tiles.up.constants()}
+    layer.launch(triton_matmul.up, layer.grid(layer.hidden, layer.tiles.up), values, constants)
+    return z_RF, h_RF
+
+
+def rows_matmul(
+    layer: Layer, left_RX: Tensor, weight: Tensor, *, bias: Tensor | None, is_transposed: bool
 ) -> Tensor:
+    """Return each sorted row times its expert's weight: [F, D], or [D, F] if transposed."""
     out_RD = left_RX.new_empty(left_RX.shape[0], layer.width)
     constants: dict[str, Constant] = {
         "depth": left_RX.shape[1],
@@ -174,7 +168,7 @@ def _rows_matmul(
     }
     values = (left_RX, weight, bias, layer.row_tile, out_RD)
     grid = layer.grid(layer.width, layer.tiles.rows)
-    launch(triton_matmul.rows_matmul, grid, values, constants)
+    layer.launch(triton_matmul.rows_matmul, grid, values, constants)
     return out_RD
 
 
@@ -234,7 +228,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y_TD and the pre-activation z_RF, whose rows without an expert are not set."""
     with torch.cuda.device_of(x_TD):
-        layer = _layer(
+        layer = make_layer(
             x_TD,
             weight_Tk,
             order_R=order_R,
@@ -245,18 +239,13 @@ def forward(
             is_gated=is_gated,
             allow_tf32=allow_tf32,
         )
-        z_RF = x_TD.new_empty(order_R.numel(), layer.hidden * (2 if is_gated else 1))
-        h_RF = x_TD.new_empty(order_R.numel(), layer.hidden)
-        values = (x_TD, w_in, b_in, order_R, layer.row_tile, z_RF, h_RF)
-        constants = {**layer.sizes, "has_bias": b_in is not None, **layer.tiles.up.constants()}
-        grid = layer.grid(layer.hidden, layer.tiles.up)
-        launch(triton_matmul.up, grid, values, constants)
-        y_RD = _rows_matmul(layer, h_RF, w_out, bias=b_out, is_transposed=True)
+        z_RF, h_RF = up(layer, x_TD, w_in, b_in)
+        y_RD = rows_matmul(layer, h_RF, w_out, bias=b_out, is_transposed=True)
         return combine(y_RD, weight_Tk, inverse_R, num_choices=layer.num_choices), z_RF
 
 
-def _hidden_grad(
-    layer: _Layer, dy_TD: Tensor, *, z_RF: Tensor, w_out: Tensor, keeps_h: bool, keeps_gate: bool
+def hidden_grad(
+    layer: Layer, dy_TD: Tensor, *, z_RF: Tensor, w_out: Tensor, keeps_h: bool, keeps_gate: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return dz, weight * h, and dgate's shares per block of hidden columns."""
     tile, num_rows = layer.tiles.hidden_grad, z_RF.shape[0]
@@ -268,11 +257,12 @@ def _hidden_grad(
     rows = (layer.weight_Tk, layer.order_R, layer.row_tile)
     values = (dy_TD, w_out, z_RF, *rows, dz_RF, h_RF, share_NR, num_rows)
     constants = {**layer.sizes, **keeps, **tile.constants()}
-    launch(triton_matmul.hidden_grad, layer.grid(layer.hidden, tile), values, constants)
+    layer.launch(triton_matmul.hidden_grad, layer.grid(layer.hidden, tile), values, constants)
     return dz_RF, h_RF, share_NR
 
 
-def _gate_grad(layer: _Layer, dy_TD: Tensor, *, share_NR: Tensor, b_out: Tensor | None) -> Tensor:
+def gate_grad(layer: Layer, dy_TD: Tensor, *, share_NR: Tensor, b_out: Tensor | None) -> Tensor:
+    """Return the gradient of the weights from the shares that hidden_grad stored."""
     dweight_Tk, num_tokens = torch.empty_like(layer.weight_Tk), dy_TD.shape[0]
     if num_tokens == 0:
         return dweight_Tk
@@ -282,16 +272,17 @@ def _gate_grad(layer: _Layer, dy_TD: Tensor, *, share_NR: Tensor, b_out: Tensor 
         "num_experts": layer.num_experts,
         "width": layer.width,
         "has_bias": b_out is not None,
-        "block_experts": _power_of_2(layer.num_experts),
+        "block_experts": power_of_2(layer.num_experts),
         **TOKEN_BLOCK,
     }
     values = (share_NR, dy_TD, b_out, layer.inverse_R, layer.offset_E1, dweight_Tk, num_tokens)
     grid = (_blocks(num_tokens, TOKEN_BLOCK["block_tokens"]),)
-    launch(triton_rows.gate_grad, grid, values, constants)
+    layer.launch(triton_rows.gate_grad, grid, values, constants)
     return dweight_Tk
 
 
-def _weight_grad(layer: _Layer, left: Tensor, right: Tensor, *, is_left_gathered: bool) -> Tensor:
+def weight_grad(layer: Layer, left: Tensor, right: Tensor, *, is_left_gathered: bool) -> Tensor:
+    """Return left^T @ right over each expert's rows; one of both is by token, not sorted."""
     tile, (left_width, right_width) = layer.tiles.weight_grad, (left.shape[1], right.shape[1])
     out = left.new_empty(layer.num_experts * left_width, right_width)
     constants: dict[str, Constant] = {
@@ -305,12 +296,13 @@ def _weight_grad(layer: _Layer, left: Tensor, right: Tensor, *, is_left_gathered
     }
     num_tiles = layer.num_experts * _blocks(left_width, tile.m) * _blocks(right_width, tile.n)
     values = (left, right, layer.order_R, layer.offset_E1, out)
-    grid = (min(num_programs(left.device), num_tiles),)
-    launch(triton_matmul.weight_grad, grid, values, constants)
+    grid = _persistent(left.device, tile, num_tiles=num_tiles)
+    layer.launch(triton_matmul.weight_grad, grid, values, constants)
     return out
 
 
-def _column_sum(layer: _Layer, value: Tensor, *, is_of_tokens: bool) -> Tensor:
+def column_sum(layer: Layer, value: Tensor, *, is_of_tokens: bool) -> Tensor:
+    """Return the sum of each expert's rows, of tokens times their weights if `is_of_tokens`."""
     width = value.shape[1]
     out = value.new_empty(layer.num_experts, width)
     constants: dict[str, Constant] = {
@@ -321,7 +313,7 @@ def _column_sum(layer: _Layer, value: Tensor, *, is_of_tokens: bool) -> Tensor:
     }
     values = (value, layer.weight_Tk, layer.order_R, layer.offset_E1, out)
     grid = (layer.num_experts, _blocks(width, COLUMN_SUM_BLOCK["block_columns"]))
-    launch(triton_rows.column_sum, grid, values, constants)
+    layer.launch(triton_rows.column_sum, grid, values, constants)
     return out
 
 
@@ -347,7 +339,7 @@ def backward(
     of_x, of_weight, of_w_in, of_b_in, of_w_out, of_b_out = needs
     grads: list[Tensor | None] = [None] * len(needs)
     with torch.cuda.device_of(x_TD):
-        layer = _layer(
+        layer = make_layer(
             x_TD,
             weight_Tk,
             order_R=order_R,
@@ -358,20 +350,20 @@ def backward(
             is_gated=is_gated,
             allow_tf32=allow_tf32,
         )
-        dz_RF, h_RF, share_NR = _hidden_grad(
+        dz_RF, h_RF, share_NR = hidden_grad(
             layer, dy_TD, z_RF=z_RF, w_out=w_out, keeps_h=of_w_out, keeps_gate=of_weight
         )
         if of_x:
-            dx_RD = _rows_matmul(layer, dz_RF, w_in, bias=None, is_transposed=False)
+            dx_RD = rows_matmul(layer, dz_RF, w_in, bias=None, is_transposed=False)
             grads[0] = combine(dx_RD, None, inverse_R, num_choices=layer.num_choices)
         if share_NR is not None:
-            grads[1] = _gate_grad(layer, dy_TD, share_NR=share_NR, b_out=b_out)
+            grads[1] = gate_grad(layer, dy_TD, share_NR=share_NR, b_out=b_out)
         if of_w_in:
-            grads[2] = _weight_grad(layer, dz_RF, x_TD, is_left_gathered=False)
+            grads[2] = weight_grad(layer, dz_RF, x_TD, is_left_gathered=False)
         if of_b_in:
-            grads[3] = _column_sum(layer, dz_RF, is_of_tokens=False)
+            grads[3] = column_sum(layer, dz_RF, is_of_tokens=False)
         if h_RF is not None:
-            grads[4] = _weight_grad(layer, dy_TD, h_RF, is_left_gathered=True)
+            grads[4] = weight_grad(layer, dy_TD, h_RF, is_left_gathered=True)
         if of_b_out:
-            grads[5] = _column_sum(layer, dy_TD, is_of_tokens=True)
+            grads[5] = column_sum(layer, dy_TD, is_of_tokens=True)
     return grads

@@ -3,16 +3,31 @@
 triton_seam -> triton_rows, triton_matmul (kernels) -> triton_kernels (what is launched when)
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import KernelInterface
 
-__all__ = ["Constant", "is_interpreted", "launch", "launch_options", "num_programs", "tl", "triton"]
+__all__ = [
+    "Constant",
+    "KernelInterface",
+    "Launcher",
+    "OutOfResources",
+    "Values",
+    "is_interpreted",
+    "launch",
+    "launch_options",
+    "num_programs",
+    "tl",
+    "triton",
+]
 
 Constant = int | str | bool
-# Programs of a persistent grid per multiprocessor: two hide each other's prologues and epilogues.
-PROGRAMS_PER_SM = 2
+Values = tuple[torch.Tensor | int | None, ...]
+Launcher = Callable[[KernelInterface, tuple[int, ...], Values, dict[str, Constant]], None]
 INTERPRETED_PROGRAMS = 3  # few, so that in tests a program walks several tiles
 
 
@@ -21,11 +36,11 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def num_programs(device: torch.device) -> int:
-    """Return the size of a persistent grid on `device`."""
+def num_programs(device: torch.device, *, per_sm: int) -> int:
+    """Return the size of a persistent grid on `device`, with so many per multiprocessor."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_options() -> dict[str, Constant]:
@@ -37,7 +52,7 @@ def launch_options() -> dict[str, Constant]:
 def launch(
     kernel: KernelInterface,
     grid: tuple[int, ...],
-    values: tuple[torch.Tensor | int | None, ...],
+    values: Values,
     constants: dict[str, Constant],
 ) -> None:
     """Run `kernel` on the current device with the arguments `values` and its constexprs."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from schema import Config, MoEOptions, walk
+from schema import Config, MoEOptions, TrainDataOptions, walk
 
 
 def _check_value(name: str, value: object, *, metadata: Mapping[str, Any]) -> None:
@@ -116,6 +116,29 @@ def _check_no_effect(config: Config) -> None:
         )
 
 
+def _check_mixing(config: Config) -> None:
+    train = config.dataset.train
+    given = {
+        name: getattr(train, name) for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode")
+    }
+    without_effect = []
+    if not (train.mixup or train.cutmix):
+        without_effect = [*given]
+    elif not (train.mixup and train.cutmix):
+        without_effect = ["mixup_switch_prob"]
+    for name in without_effect:
+        if given[name] != getattr(TrainDataOptions(), name):
+            raise ValueError(
+                f"config dataset.train.{name}={given[name]}: has no effect with "
+                f"mixup={train.mixup} and cutmix={train.cutmix}"
+            )
+    if (train.mixup or train.cutmix) and train.batch_size % 2:
+        raise ValueError(
+            f"config dataset.train.batch_size={train.batch_size}: must be even, mixup and cutmix "
+            "mix pairs"
+        )
+
+
 def _check_moe(config: Config) -> None:
     moe, ep = config.model.moe, config.distributed.ep
     if moe.num_experts == 0:
@@ -124,10 +147,10 @@ def _check_moe(config: Config) -> None:
                 raise ValueError(
                     f"config model.moe.{name}={value}: has no effect with num_experts=0"
                 )
-        if ep > 1:
+        if ep not in (1, None):
             raise ValueError(f"config distributed.ep={ep}: must be 1 with model.moe.num_experts=0")
         return
-    if moe.num_experts % ep:
+    if ep is not None and moe.num_experts % ep:
         raise ValueError(
             f"config distributed.ep={ep}: must divide model.moe.num_experts={moe.num_experts}"
         )
@@ -153,5 +176,6 @@ def validate(config: Config) -> Config:
     _check_no_effect(config)
     _check_unused(config)
     _check_val_size(config)
+    _check_mixing(config)
     _check_moe(config)
     return config

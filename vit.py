@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import init
 import layers
+import recompute
 from layers import through
 from vit_options import VitOptions, require
 
@@ -93,8 +94,8 @@ class VisionTransformer(nn.Module):
         fix_init: scale each block's output projections down with depth.
         grad_checkpointing: recompute each block in backward.
         backend: "torch" or "te", see layers.resolve_backend.
-        ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP, which
-            alone sees `mlp_ratio`, `scale_mlp_norm`, `proj_drop_rate`. A module of it whose
+        ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP, whose
+            options the other then sees to itself. A module of it whose
             tensors are no plain `weight` and `bias` needs to be an init.HasInitialValue; for
             `flops_per_image` the feed-forward needs an attribute `flops_per_token`.
         seed: initial values are a function of it and the parameter's name, on any device.
@@ -268,7 +269,7 @@ class VisionTransformer(nn.Module):
         is_recomputed = self.options.grad_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if is_recomputed:
-                x_BLD = layers.checkpoint(block, x_BLD, backend=self.options.backend)
+                x_BLD = recompute.checkpoint(block, x_BLD, backend=self.options.backend)
             else:
                 x_BLD = block(x_BLD)
         return through(self.norm, x_BLD)

@@ -14,12 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import itertools
-import json
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,13 +25,14 @@ from torch import Tensor, nn
 import assemble
 import compose
 import distributed
+import models
 import optim
 import train
+from benchmarks import common
+from benchmarks.clock import Run, interleave, wall_clock
 from imagenet_dataset import Batch
-from logbook import versions
 from schema import Config
 
-ROOT = Path(__file__).resolve().parent.parent
 RIVAL = "plain timm"
 # Options whose effect on the two loops differs or that the plain loop does not have.
 OVERRIDES = ["training.tensorboard=false", "training.label_smoothing=0.1", "dataset.num_workers=0"]
@@ -86,14 +82,14 @@ def build_steps(config: Config, world: distributed.World) -> dict[str, Callable[
     generator = torch.Generator().manual_seed(0)
     size = config.dataset.train.batch_size
     batch = Batch(
-        torch.randn(size, 3, *assemble.height_width(vit.img_size), generator=generator),
+        torch.randn(size, 3, *models.height_width(vit.img_size), generator=generator),
         torch.randint(0, vit.num_classes, (size,), generator=generator),
         torch.arange(size),
     )
     options = dataclasses.asdict(vit)
     del options["grad_checkpointing"]  # a method of timm's model, off here
     plain = [TimmViT(**options) for _ in range(2)]
-    ours = assemble.build_model(config, backend="torch", on_meta=False)
+    ours = models.build_model(config, backend="torch", on_meta=False)
     for model in plain:
         model.load_state_dict(ours.state_dict())
     return {
@@ -104,39 +100,17 @@ def build_steps(config: Config, world: distributed.World) -> dict[str, Callable[
     }
 
 
-def measure(steps: dict[str, Callable[[], Tensor]], *, repeats: int) -> dict[str, list[float]]:
-    """Return milliseconds per step of each row; rounds alternate forwards and backwards."""
+def check(steps: dict[str, Callable[[], Tensor]]) -> None:
+    """Make a step of each and refuse to time loops that compute something else.
+
+    Raises:
+        ValueError: The first loss of a loop is not the rival's.
+    """
     losses = {name: step().item() for name, step in steps.items()}
     reference = losses[RIVAL]
-    for name, loss in losses.items():  # never time what computes something else
+    for name, loss in losses.items():
         if abs(loss - reference) > 1e-4 * abs(reference):
             raise ValueError(f"{name}: first loss {loss}, {RIVAL} has {reference}")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(repeats + 2):
-        order = list(steps) if number % 2 else list(reversed(steps))
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            if number >= 2:  # two rounds to warm up
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def summarise(times: dict[str, list[float]]) -> list[dict[str, float | str]]:
-    """Return a row per loop: median and quartiles in ms, and the median ratio to the rival's."""
-    rows: list[dict[str, float | str]] = []
-    for name, values in times.items():
-        ratios = [ours / theirs for ours, theirs in zip(values, times[RIVAL], strict=True)]
-        low, median, high = statistics.quantiles(values, n=4)
-        rows.append(
-            {
-                "loop": name,
-                "median_ms": round(median, 2),
-                "iqr_ms": round(high - low, 2),
-                "ratio": round(statistics.median(ratios), 3),
-            }
-        )
-    return rows
 
 
 def main() -> None:
@@ -151,34 +125,19 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = compose.compose(arguments.config_name, [*OVERRIDES, *arguments.overrides])
     with distributed.process_group("cpu", timeout_s=600) as world:
-        times = measure(build_steps(config, world), repeats=arguments.repeats)
-    rows = summarise(times)
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    result = {
-        "benchmark": "train_step",
-        "date": date,
-        "commit": commit,
-        "device": f"cpu, {arguments.threads} threads",
+        steps = build_steps(config, world)
+        check(steps)
+        runs: dict[str, Run] = {**steps}
+        times = interleave(runs, wall_clock, repeats=arguments.repeats)
+    rows = common.summarise(times, rival=RIVAL)
+    common.print_rows(rows)
+    conditions = {
         "config": arguments.config_name,
         "overrides": arguments.overrides,
         "batch": config.dataset.train.batch_size,
         "repeats": arguments.repeats,
-        "versions": versions(),
-        "rows": rows,
     }
-    out = arguments.out or ROOT / "benchmarks" / "results" / f"{date}-cpu-train_step.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {out}")
+    common.write("train_step", out=arguments.out, conditions=conditions, rows=rows)
 
 
 if __name__ == "__main__":

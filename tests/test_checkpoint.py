@@ -1,6 +1,7 @@
 """Saving whole or not at all, finding the newest complete checkpoint, loading strictly."""
 
 import json
+import math
 import os
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import dcp_writer
 
 
 def tensors(value: float, **extra) -> dict:
@@ -22,6 +24,11 @@ def save(root, step, value, loss=1.5):
 
 def save_steps(world, root, steps):
     return [save(root, step, float(step)).name for step in steps]
+
+
+def save_in(root, steps):
+    root.mkdir()
+    return save_steps(None, root, steps)
 
 
 def newest(world, root):
@@ -97,13 +104,19 @@ def test_state_of_another_schema_or_without_a_step_is_refused(ranks, tmp_path):
     folder = tmp_path / ranks(1, save_steps, tmp_path, [1])[0][0]
     for change, message in (
         ({"schema_version": 2}, r"schema_version=2: must be 1"),
-        ({"step": "7"}, r"step=7: must be a int"),
-        ({"metrics": None}, r"metrics=None: must be a dict"),
+        ({"step": "7"}, r"step=7: must be a number >= 0"),
+        ({"step": -1}, r"step=-1: must be a number >= 0"),
+        ({"step": True}, r"step=True: must be a number >= 0"),
+        ({"step": math.nan}, r"step=nan: must be a number >= 0"),
+        ({"metrics": None}, r"metrics=None: must be an object"),
+        ({"metrics": {"val_loss": math.nan}}, r"metrics val_loss=nan: must be a finite number"),
     ):
         state = {"schema_version": 1, "step": 1, "metrics": {}} | change
         (folder / "state.json").write_text(json.dumps(state))
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"]["state.json"]["sha256"] = checkpoint._sha256(folder / "state.json")
+        facts = {"bytes": (folder / "state.json").stat().st_size}
+        facts["sha256"] = dcp_writer.sha256(folder / "state.json")
+        manifest["files"]["state.json"] = facts
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=message):
             checkpoint.verify(folder)
@@ -113,36 +126,40 @@ def test_folders_that_only_look_like_checkpoints_are_ignored(ranks, tmp_path):
     folder = tmp_path / ranks(1, save_steps, tmp_path, [1])[0][0]
     for name in ("old_step_9_loss_1.0", "step_9", "step_9_loss_1.000.bak", ".staging-9-abc"):
         shutil.copytree(folder, tmp_path / name)
-    (tmp_path / "step_8_loss_1.000").symlink_to(folder)
     assert ranks(1, newest, tmp_path)[0] == (1, [], [1.0])
+
+
+def test_a_link_with_a_checkpoints_name_is_refused(ranks, tmp_path):
+    folder = tmp_path / "run" / ranks(1, lambda world: save_in(tmp_path / "run", [1]))[0][0]
+    (tmp_path / "run/step_8_loss_1.000").symlink_to(folder)
+    reason = "checkpoint step_8_loss_1.000: step_8_loss_1.000 is a symbolic link"
+    assert ranks(1, newest, tmp_path / "run")[0] == (1, [reason], [1.0])
 
 
 def test_an_interrupted_save_leaves_the_previous_checkpoint(ranks, tmp_path):
     ranks(1, save_steps, tmp_path, [1])
 
     def die_before_the_rename(world):
-        checkpoint._commit = lambda staging, target: os._exit(9)
+        dcp_writer.commit = lambda *_: os._exit(9)
         save(tmp_path, 2, 2.0)
 
     with pytest.raises(pytest.fail.Exception, match="died"):
         ranks(1, die_before_the_rename)
     assert len(list(tmp_path.glob(".staging-*"))) == 1
     assert ranks(1, newest, tmp_path)[0] == (1, [], [1.0])
-    newest_folder = tmp_path / "step_1_loss_1.500"
-    checkpoint.sweep(tmp_path, newest_folder, keep_last=1, rejected=())
-    assert [path.name for path in tmp_path.iterdir()] == ["step_1_loss_1.500"]
 
 
 def test_a_failed_commit_is_an_error_on_every_rank(ranks, tmp_path):
-    def refuse(staging, target):
-        raise OSError(28, "No space left on device", str(target))
+    def refuse(target, metadata, written):
+        raise OSError(28, "No space left on device", str(target.folder))
 
     def failing(world):
-        checkpoint._commit = refuse
-        with pytest.raises(OSError, match="No space left"):
+        dcp_writer.commit = refuse
+        with pytest.raises(OSError, match=r"rank 0: .*No space left.*need 0.00 GiB, free \d"):
             save(tmp_path, 2, 2.0)
 
     ranks(2, failing)
+    assert list(tmp_path.iterdir()) == [], "what was staged is in the way of the next attempt"
 
 
 @pytest.mark.parametrize(
@@ -166,55 +183,25 @@ def test_load_lists_differences_before_touching_a_tensor(ranks, tmp_path, wanted
     assert all(ranks(1, refused)[0])
 
 
-def save_losses(world, root, losses):
-    for step, (loss, val_loss) in enumerate(losses, start=1):
-        metrics = {"loss": loss} | ({} if val_loss is None else {"val_loss": val_loss})
-        state = {"step": step, "metrics": metrics}
-        checkpoint.save(root, tensors(0.0), state=state, loss=val_loss or loss)
-
-
-def test_sweep_keeps_the_newest_and_the_best_validated_one(ranks, tmp_path):
-    # Step 2 has the lowest loss of all, but it is a training loss.
-    losses = [(0.9, 0.5), (0.1, None), (0.9, 0.9), (0.9, 0.8), (0.9, 0.7)]
-    ranks(1, save_losses, tmp_path, losses)
-    newest_folder = tmp_path / "step_5_loss_0.700"
-    deleted = checkpoint.sweep(tmp_path, newest_folder, keep_last=2, rejected=())
-    assert sorted(path.name for path in deleted) == ["step_2_loss_0.100", "step_3_loss_0.900"]
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["step_1_loss_0.500", "step_4_loss_0.800", "step_5_loss_0.700"]
-
-
-def test_sweep_neither_counts_nor_deletes_rejected_ones_and_never_what_was_just_saved(
-    ranks, tmp_path
-):
-    ranks(1, save_losses, tmp_path, [(0.9, 0.9)] * 5)
-    folders = sorted(tmp_path.iterdir())
-    rejected, newest_folder = folders[3:], folders[2]
-    deleted = checkpoint.sweep(tmp_path, newest_folder, keep_last=1, rejected=rejected)
-    assert deleted == [folders[1], folders[0]], "of equals the newest is the best"
-    assert newest_folder.is_dir()
-    assert all(path.is_dir() for path in rejected)
-
-
 def test_data_files_are_written_by_one_thread(ranks, tmp_path, monkeypatch):
     """With more, DCP reports a full disk as success (pytorch/pytorch#191391)."""
     seen = []
-    real = checkpoint.FileSystemWriter
+    real = dcp_writer.FileSystemWriter
 
     def noted(*args, **kwargs):
-        seen.append(kwargs)
+        seen.append(kwargs.get("thread_count", 1))
         return real(*args, **kwargs)
 
     def watched(world):
-        checkpoint.FileSystemWriter = noted
+        dcp_writer.FileSystemWriter = noted
         save(tmp_path, 1, 0.0)
         return seen
 
-    assert ranks(1, watched)[0] == [{"thread_count": 1, "sync_files": True}]
+    assert set(ranks(1, watched)[0]) == {1}
 
 
 def test_a_rank_that_cannot_write_is_an_error_of_one_line_on_every_rank(ranks, tmp_path):
-    real = checkpoint.FileSystemWriter
+    real = dcp_writer.FileSystemWriter
 
     class Full(real):
         def write_data(self, plan, planner):
@@ -222,7 +209,7 @@ def test_a_rank_that_cannot_write_is_an_error_of_one_line_on_every_rank(ranks, t
 
     def failing(world):
         if world.rank == 1:
-            checkpoint.FileSystemWriter = Full
+            dcp_writer.FileSystemWriter = Full
         with pytest.raises(OSError, match=r"rank 1: .*No space left"):
             save(tmp_path, 1, 0.0)
 
@@ -244,3 +231,89 @@ def test_a_file_without_model_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x.pt: has no `model` weights"):
         checkpoint.load_torch_checkpoint(tmp_path / "x.pt", torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("where", ["folder", "__0_0.distcp", "manifest.json"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.chmod(path.stat().st_mode | 0o002), r"can be written by every user"),
+        (lambda path: os.chown(path, 12345, -1), r"belongs to user 12345"),
+    ],
+    ids=["writable by others", "owned by another"],
+)
+def test_what_others_could_have_written_is_refused(ranks, tmp_path, where, spoil, message):
+    if os.geteuid() and "12345" in message:
+        pytest.skip("only root can give a file away")
+    names = ranks(1, save_steps, tmp_path, [1, 2])[0]
+    folder = tmp_path / names[1]
+    spoil(folder if where == "folder" else folder / where)
+    with pytest.raises(ValueError, match=rf"step_2.* {message}"):
+        checkpoint.verify(folder)
+    assert ranks(1, newest, tmp_path)[0][0] == 1
+
+
+def test_roots_checkpoints_are_for_every_user(ranks, tmp_path, monkeypatch):
+    if os.geteuid():
+        pytest.skip("needs files of root")
+    folder = tmp_path / ranks(1, save_steps, tmp_path, [1])[0][0]
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert checkpoint.verify(folder).step == 1
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_the_umask_alone_decides_who_can_read_and_write(ranks, tmp_path, mask):
+    def with_umask(world):
+        os.umask(mask)
+        return save(tmp_path, 1, 0.0)
+
+    folder = ranks(1, with_umask)[0]
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["model", "optimizer"])
+def test_weights_that_are_not_finite_are_not_saved_by_any_rank(ranks, tmp_path, bad, where):
+    names = ranks(2, save_steps, tmp_path, [1])[0]
+
+    def refused(world):
+        content = {"model": {"weight": torch.zeros(4)}, "optimizer": {"weight": torch.zeros(4)}}
+        content[where]["weight"][2] = bad
+        message = rf"rank \d: {where}.weight is not finite"
+        with pytest.raises(dcp_writer.NonFiniteTensorError, match=message):
+            state = {"step": 2, "metrics": {}}
+            checkpoint.save(tmp_path, content, state=state, loss=1.0)
+
+    ranks(2, refused)
+    assert [path.name for path in tmp_path.iterdir()] == names
+
+
+def test_a_value_that_is_not_a_tensor_is_not_saved(ranks, tmp_path):
+    def refused(world):
+        with pytest.raises(ValueError, match=r"optimizer.lr is not a tensor"):
+            content = {"optimizer": {"lr": 0.1}}
+            checkpoint.save(tmp_path, content, state={"step": 2, "metrics": {}}, loss=1.0)
+
+    ranks(2, refused)
+
+
+def save_figures(world, root, figures):
+    for step, metrics in enumerate(figures, start=1):
+        state = {"step": step, "metrics": metrics}
+        checkpoint.save(root, tensors(float(step)), state=state, loss=1.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "order"),
+    [("+top1", [4, 2, 1, 3, 5]), ("-val_loss", [3, 1, 4, 2, 5]), (None, [5, 4, 3, 2, 1])],
+)
+def test_resume_takes_the_best_complete_one_of_a_figure(ranks, tmp_path, metric, order):
+    """Of equals the newest; one without the figure comes last; a damaged one is passed over."""
+    figures = [(20.0, 0.3), (30.0, 0.9), (10.0, 0.2), (30.0, 0.4)]
+    metrics = [{"top1": top1, "val_loss": loss} for top1, loss in figures]
+    ranks(1, save_figures, tmp_path, [*metrics, {"loss": 0.1}])
+    for step in order:
+        found, _ = ranks(1, lambda world: checkpoint.find_newest(tmp_path, metric=metric))[0]
+        assert found.step == step
+        damage_bytes(found.folder / "__0_0.distcp")

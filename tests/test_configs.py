@@ -17,6 +17,8 @@ import assemble
 import compose
 import distributed
 import layers
+import models
+import moe
 import schema
 import train
 import validation
@@ -25,7 +27,17 @@ import vit
 ROOT = compose.CONFIG_DIR.parent
 FILES = sorted(compose.CONFIG_DIR.glob("*.yaml"))
 NAMES = [path.stem for path in FILES]
+IMAGENET = [name for name in NAMES if not name.endswith("_64")]
 IMAGENET_IMAGES = 1_281_167
+# M3ViT's presets: heads, experts, experts per token, their mlp_ratio, moe_cv_weight.
+M3VIT = {
+    "deit_moe_tiny": (3, 16, 2, 2.0, 0.01),
+    "deit_moe_small": (12, 16, 4, 1.0, 0.005),
+    "deit_moe_base": (12, 16, 2, 2.0, 0.01),
+    "vmoe_style_moe_tiny": (3, 8, 2, 2.0, 0.005),
+    "vmoe_style_moe_small": (6, 8, 2, 2.0, 0.005),
+    "vmoe_style_moe_base": (12, 8, 2, 2.0, 0.005),
+}
 SMALL = ["model.vit.depth=1", "model.vit.embed_dim=48", "device=cpu", "dataset.num_workers=0"]
 
 
@@ -47,21 +59,39 @@ def arguments(words):
 
 
 def built(name):
-    return assemble.build_model(compose.compose(name, []), backend="torch", on_meta=True)
+    return models.build_model(compose.compose(name, []), backend="torch", on_meta=True)
 
 
 def refusal(overrides, name="vit_base_patch16_224"):
     """The message that stops these overrides, where only the options and the model are needed."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        assemble.build_model(compose.compose(name, overrides), backend="torch", on_meta=True)
+        models.build_model(compose.compose(name, overrides), backend="torch", on_meta=True)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
+def count(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def expert_layers(model):
+    return [module for module in model.modules() if isinstance(module, moe.MoE)]
+
+
+def count_active(model):
+    """The parameters that work on one token: of each layer's E experts, k."""
+    total = count(model.parameters())
+    for layer in expert_layers(model):
+        num_experts, top_k = layer.router.options.num_experts, layer.router.options.top_k
+        total -= count(layer.experts.parameters()) // num_experts * (num_experts - top_k)
+    return total
+
+
 def test_there_is_a_recipe_of_every_size():
-    sizes = {"tiny_patch16", "small_patch16", "base_patch16", "large_patch16", "huge_patch14"}
-    assert {f"vit_{size}_224" for size in sizes} <= set(NAMES)
+    sizes = ["tiny_patch16", "small_patch16", "base_patch16", "large_patch16"]
+    wanted = [f"vit_{kind}{size}_224" for kind in ("", "moe_") for size in sizes]
+    assert {*wanted, "vit_huge_patch14_224", *M3VIT} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,9 +103,87 @@ def test_recipe_builds_and_comment_has_its_true_size(name):
     )
     assert num_parameters, "the head comment must say: <number> parameters"
     assert gflops, "the head comment must say: <number> GFLOPs"
-    expected = sum(parameter.numel() for parameter in model.parameters())
-    assert int(num_parameters[1].replace(",", "")) == expected
+    assert int(num_parameters[1].replace(",", "")) == count(model.parameters())
     assert float(gflops[1]) == pytest.approx(model.flops_per_image() / 1e9, abs=0.006)
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGENET if "moe" in name])
+def test_comment_has_the_true_number_of_active_parameters(name):
+    number = re.search(r"([\d,]+) active per token", head(name))
+    assert number, "the head comment must say: <number> active per token"
+    assert int(number[1].replace(",", "")) == count_active(built(name))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_experts_are_all_that_differs_from_the_dense_recipe(size):
+    sparse, dense = (compose.compose(f"vit_{kind}{size}_patch16_224", []) for kind in ("moe_", ""))
+    path = dense.training.checkpoint.path.replace("vit_", "vit_moe_")
+    folder = dataclasses.replace(dense.training.checkpoint, path=path)
+    assert sparse == dataclasses.replace(
+        dense,
+        model=dataclasses.replace(dense.model, moe=sparse.model.moe),
+        training=dataclasses.replace(dense.training, checkpoint=folder),
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGENET if "moe" in name])
+def test_token_costs_what_it_costs_in_the_dense_model_and_the_routers(name):
+    config, model = compose.compose(name, []), built(name)
+    model_options = dataclasses.replace(config.model, moe=schema.MoEOptions())
+    dense = models.build_model(
+        dataclasses.replace(config, model=model_options), backend="torch", on_meta=True
+    )
+    routers = sum(2 * count(layer.router.parameters()) for layer in expert_layers(model))
+    num_tokens = model.options.num_tokens_in_training
+    assert model.flops_per_image() == dense.flops_per_image() + num_tokens * routers
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGENET if "moe" in name])
+def test_expert_parallelism_takes_one_option(name):
+    words = arguments(command(head(name)))
+    assert "distributed.ep=2" in words
+    without = train.parse([word for word in words if word != "distributed.ep=2"])
+    assert without.distributed.ep == 1
+    spread = dataclasses.replace(without.distributed, ep=2)
+    assert train.parse(words) == dataclasses.replace(without, distributed=spread)
+
+
+@pytest.mark.parametrize("name", M3VIT)
+def test_preset_of_m3vit_has_its_values(name):
+    config = compose.compose(name, [])
+    num_heads, num_experts, top_k, ratio, cv_weight = M3VIT[name]
+    assert config.model.vit.num_heads == num_heads
+    assert config.model.moe == schema.MoEOptions(
+        num_experts=num_experts,
+        top_k=top_k,
+        every_n=2,
+        mlp_ratio=ratio,
+        router="noisy",
+        noise_std=1.0,
+        importance_coef=cv_weight,
+        load_coef=cv_weight,
+        switch_coef=0.0,
+    )
+    assert all(
+        hasattr(block.mlp, "experts") == (i % 2 == 1) for i, block in enumerate(built(name).blocks)
+    )
+
+
+@pytest.mark.parametrize("name", M3VIT)
+def test_schedule_of_m3vit_is_in_steps_and_for_this_batch(name):
+    config = compose.compose(name, [])
+    batch = int(re.search(r"at batch (\d+)", head(name))[1])
+    is_deit = name.startswith("deit")
+    # Its learning rate grows with the batch, or unscale_lr keeps it.
+    lr = 5e-4 * batch / 512 if is_deit else 8e-4 if name.endswith("base") else 1e-3
+    assert config.optimizer.lr == pytest.approx(lr)
+    warmup_epochs = 5 if is_deit else 10
+    steps = warmup_epochs * IMAGENET_IMAGES / batch
+    assert config.optimizer.warmup_steps == pytest.approx(steps, abs=1)
+    assert config.optimizer.weight_decay == (0.05 if is_deit else 0.1)
+    assert config.optimizer.clip_norm == (None if is_deit else 1.0)
+    assert config.model.vit.drop_path_rate == (0.1 if is_deit else 0.0)
+    assert config.training.label_smoothing == (0.1 if is_deit else 0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +191,7 @@ def test_recipe_has_its_own_run_folder(name):
     assert compose.compose(name, []).training.checkpoint.path == f"./ckpts/{name}"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_224")])
+@pytest.mark.parametrize("name", IMAGENET)
 def test_comment_of_imagenet_recipe_is_true(name):
     comment, config = head(name), compose.compose(name, [])
     words = command(comment)
@@ -401,8 +509,14 @@ MOE = ["model.moe.num_experts=8"]
         ([*MOE, "distributed.ep=3"], r"distributed.ep=3: must divide model.moe.num_experts=8"),
         ([*MOE, "model.moe.last_n=2"], r"exactly one of every_n, last_n, blocks must be set"),
         ([*MOE, "model.moe.top_k=9"], r"model.moe.top_k=9: must be at most num_experts=8"),
-        ([*MOE, "model.moe.every_n=13"], r"blocks \[\] must be some of 0 to 11"),
-        ([*MOE, "model.moe.every_n=null", "model.moe.blocks=[12]"], r"blocks \[12\] must be some"),
+        ([*MOE, "model.moe.every_n=13"], r"every_n=13: must be some of the blocks 0 to 11"),
+        ([*MOE, "model.moe.every_n=null", "model.moe.blocks=[12]"], r"blocks=\[12\]: must be some"),
+        ([*MOE, "model.moe.every_n=null", "model.moe.last_n=13"], r"last_n=13: must be some of"),
+        ([*MOE, "model.moe.shared_ratio=0.001"], r"shared_ratio=0.001: must be at least 1 / "),
+        ([*MOE, "model.vit.weight_init=moco"], r"weight_init=moco: experts have no form for it"),
+        ([*MOE, "model.vit.fix_init=true"], r"fix_init=True: experts have no form for it"),
+        ([*MOE, "model.vit.scale_mlp_norm=true"], r"scale_mlp_norm=True: experts have no form"),
+        ([*MOE, "model.moe.every_n=1", "model.vit.mlp_ratio=2"], r"mlp_ratio=2.0: no block is"),
         ([*MOE, "model.moe.noise_std=1"], r"noise_std=1.0: kind=softmax does not use it"),
         ([*MOE, "model.moe.kernels=cuda"], r"model.moe.kernels=cuda: must be one of auto, torch"),
     ],
@@ -421,6 +535,6 @@ def test_mixture_of_experts_mistakes_are_named(overrides, message):
 )
 def test_which_blocks_have_experts(overrides, blocks):
     config = compose.compose("vit_base_patch16_224", [*MOE, *overrides])
-    model = assemble.build_model(config, backend="torch", on_meta=True)
+    model = models.build_model(config, backend="torch", on_meta=True)
     found = [i for i, block in enumerate(model.blocks) if hasattr(block.mlp, "experts")]
     assert found == blocks

@@ -263,7 +263,7 @@ def test_gather_rows_and_its_gradient(backend_device):
     id_Tk = experts_of("dropped rows", 30, 4, 2)
     plan = kernels.plan_rows(id_Tk.to(device), 4)
     x = x_TD.to(device, torch.float32).requires_grad_()
-    rows = kernels.gather_rows(x, plan, backend=backend)
+    rows = kernels.gather_rows(x, plan, num_choices=2, backend=backend)
     assert torch.equal(rows.cpu(), x_TD.float()[plan.order_R.cpu().long() // 2])
     num_rows = int(plan.offset_E1[-1])
     grad = torch.autograd.grad(rows[:num_rows].sum(), x)[0]
@@ -276,7 +276,7 @@ def test_ffn_of_one_choice_is_gather_ffn_combine(backend_device):
     values = copies(draw(40, 40, 24, num_experts=3, num_choices=2), torch.float32, device)
     id_Tk = experts_of("skewed", 40, 3, 2).to(device)
     plan = kernels.plan_rows(id_Tk, 3)
-    rows = kernels.gather_rows(values[0], plan, backend=backend)
+    rows = kernels.gather_rows(values[0], plan, num_choices=2, backend=backend)
     received_id_R1 = id_Tk.view(-1)[plan.order_R.long()][:, None]
     ones = torch.ones(80, 1, device=device)
     y_RD = run([rows, ones, *values[2:]], received_id_R1, 3, "gelu", backend)
@@ -351,7 +351,7 @@ def test_ops_keep_the_rules_of_custom_ops(backend_device):
     ops, opcheck = torch.ops.moevit, torch.library.opcheck
     opcheck(ops.moe_ffn, (*values[:2], *rows, *values[2:], "gelu", backend, False))
     opcheck(ops.combine, (y_RD, values[1], plan.inverse_R, 2, backend))
-    opcheck(ops.gather_rows, (values[0], plan.order_R, plan.inverse_R, backend))
+    opcheck(ops.gather_rows, (values[0], plan.order_R, plan.inverse_R, 2, backend))
 
 
 @needs_triton

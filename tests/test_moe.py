@@ -6,7 +6,9 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn import functional as F
 
+import assemble
 import checkpoint
+import compose
 import distributed
 import moe
 import sharding
@@ -28,7 +30,7 @@ EXPERTS = 4
 COEFS = Coefficients(switch=0.1, z=0.01)
 
 
-def moe_vit(exchange=None, seed=0, **options) -> VisionTransformer:
+def moe_vit(exchange=None, seed=0, grad_checkpointing=False, **options) -> VisionTransformer:
     def ffn(block):
         if block == 0:
             return None
@@ -44,7 +46,8 @@ def moe_vit(exchange=None, seed=0, **options) -> VisionTransformer:
             sum_over_ranks=distributed.sum_over_ranks,
         )
 
-    return VisionTransformer(**SMALL, ffn=ffn, seed=seed)
+    more = {"grad_checkpointing": grad_checkpointing}
+    return VisionTransformer(**SMALL, **more, ffn=ffn, seed=seed)
 
 
 def step_loss(model, image_BCHW, label_B, *, share):
@@ -193,3 +196,22 @@ def test_balance_loss_is_the_same_on_every_mesh_and_zero_in_eval(ranks):
         for value, in_eval in ranks(world_size, balance_of, mesh):
             assert value == pytest.approx(expected, rel=1e-5)
             assert in_eval == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "ep"),
+    [
+        ([], 1, 1),
+        ([], 2, 2),
+        ([], 6, 2),
+        ([], 16, 8),
+        (["distributed.dp_outer=2"], 8, 4),
+        (["distributed.dp_shard=2", "distributed.dp_outer=2"], 4, 1),
+        (["distributed.ep=1"], 2, 1),
+        (["model.moe.num_experts=0", "model.moe.mlp_ratio=4"], 2, 1),
+    ],
+)
+def test_null_ep_is_as_many_ranks_as_divide_the_experts_and_the_ranks(overrides, world_size, ep):
+    config = compose.compose("vit_moe_tiny_patch8_64", overrides)  # 8 experts, ep: null
+    world = distributed.World(0, world_size, 0, torch.device("cpu"))
+    assert assemble.pick_ep(config, world) == ep

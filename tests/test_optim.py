@@ -7,6 +7,7 @@ import torch
 from timm.models import VisionTransformer as VisionTransformerOfTimm
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 
 import optim
 from vit import VisionTransformer
@@ -78,3 +79,32 @@ def test_biases_of_experts_do_not_decay_though_they_are_two_dimensional():
     assert optim.has_decay("blocks.1.mlp.experts.w_in", 2)
     assert not optim.has_decay("blocks.1.mlp.experts.b_in", 2)
     assert not optim.has_decay("blocks.1.mlp.experts.b_out", 2)
+
+
+def test_ema_equals_its_recurrence_and_a_swap_gives_everything_back():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    ema = optim.Ema([weight], decay=0.9)
+    values, expected = [(3.0, -1.0), (0.5, 8.0)], torch.tensor([1.0, 2.0])
+    for value in values:
+        weight.data.copy_(torch.tensor(value))
+        ema.update()
+        expected = 0.9 * expected + 0.1 * torch.tensor(value)
+    torch.testing.assert_close(ema.average[0], expected)
+    average = ema.average[0].clone()
+    with ema.swapped():
+        assert torch.equal(weight.data, average)
+    assert weight.tolist() == list(values[-1])
+    assert torch.equal(ema.average[0], average)
+
+
+def test_ema_equals_timms():
+    model = torch.nn.Linear(5, 3)
+    timm = ModelEmaV3(model, decay=0.7)
+    ema = optim.Ema(list(model.parameters()), decay=0.7)
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        timm.update(model)
+        ema.update()
+    for average, expected in zip(ema.average, timm.module.parameters(), strict=True):
+        torch.testing.assert_close(average, expected)

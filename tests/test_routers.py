@@ -211,7 +211,9 @@ def test_squared_cv_of_uniform_and_one_hot(total, expected):
     assert cv.item() == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.9}, {"jitter": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity_factor": 0.9}, {"jitter": 0.1}, {"expert_drop": 0.1}], ids=str
+)
 @each_kind
 def test_gradients_of_weights_and_loss(kind, options):
     router, x_TD = build(kind, coefs=all_coefs(kind), **options), tokens().requires_grad_()
@@ -343,8 +345,11 @@ def test_capacity_keeps_the_best_tokens_first(kind, factor):
     kept = torch.tensor(kept_by_hand(ids, [max(row) for row in gate], capacity))
     assert torch.equal(routing.expert_id_Tk, free.expert_id_Tk.masked_fill(~kept, E))
     assert torch.equal(routing.weight_Tk, free.weight_Tk * kept)
-    assert routing.rows_per_expert_E.max() <= capacity
-    assert routing.rows_per_expert_E.sum() == kept.sum()
+    assert torch.bincount(routing.expert_id_Tk[kept], minlength=E).max() <= capacity
+    assert routing.num_dropped == (~kept).sum()
+    assert torch.equal(routing.rows_per_expert_E, free.rows_per_expert_E), "what was chosen"
+    in_eval = route(build(kind, capacity_factor=factor).eval(), tokens())
+    assert torch.equal(in_eval.expert_id_Tk, free.expert_id_Tk), "nothing is dropped in eval"
 
 
 def test_earlier_tokens_come_first_at_equal_priority():
@@ -578,6 +583,12 @@ def test_initial_values():
         ({"kind": "noisy_topk", "noise_std": 1.0}, "noise_std=1.0: kind=noisy_topk does not"),
         ({"jitter": 1.0}, r"jitter=1.0: must be in \[0, 1\)"),
         ({"jitter": -0.1}, r"jitter=-0.1: must be in \[0, 1\)"),
+        ({"expert_drop": 1.0}, r"expert_drop=1.0: must be in \[0, 1\)"),
+        ({"expert_drop": 0.1, "top_k": E}, r"expert_drop=0.1: every token goes to every expert"),
+        (
+            {"expert_drop": 0.1, "forced_balance": True},
+            "expert_drop=0.1: must be 0 with forced_balance",
+        ),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0: must be more than 0 and less than 3"),
         ({"capacity_factor": 3.0}, "capacity_factor=3.0: must be more than 0 and less than 3"),
         ({"coefs": Coefficients(z=-1.0)}, "z_coef=-1.0: must be at least 0"),
@@ -596,6 +607,23 @@ def test_one_expert_needs_no_choice():
     routing = route(router, tokens())
     assert routing.weight_Tk.eq(1).all()
     assert routing.balance_loss.item() == 0
+
+
+def test_a_closed_expert_is_chosen_only_where_fewer_than_k_are_open():
+    router = build(expert_drop=0.7)
+    x_TD = tokens(3000)
+    open_ids = route(build(), x_TD).expert_id_Tk
+    torch.manual_seed(0)
+    routing = route(router, x_TD)
+    ids = routing.expert_id_Tk
+    assert (ids[:, 0] != ids[:, 1]).all()
+    # The best expert stays if it is open (0.3), or if fewer than k of E are.
+    few = sum(math.comb(E, n) * 0.3**n * 0.7 ** (E - n) for n in range(K))
+    stays = (ids == open_ids[:, :1]).any(1).double().mean().item()
+    assert 0.3 - 0.03 < stays < 0.3 + few + 0.03
+    gate_TE = router.gate(x_TD).gate_TE
+    torch.testing.assert_close(routing.weight_Tk, gate_TE.gather(1, ids), msg="weights stay")
+    assert torch.equal(route(router.eval(), x_TD).expert_id_Tk, open_ids)
 
 
 def test_no_tokens_route_nowhere():

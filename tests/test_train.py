@@ -1,5 +1,6 @@
 """The loop: exact resume, honest validation, refusals before the first step."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 import assemble
 import checkpoint
 import distributed
+import models
 import optim
 import sharding
 import train
@@ -24,7 +26,7 @@ from imagenet_dataset import NOT_COUNTED
 from tests.test_sharding import parts, worst_error
 
 # Dropout of every kind, a decaying learning rate, and steps that cross the edges of epochs:
-# 12 steps of 2 ranks x 2 microbatches x 5 images are 10 epochs of 24.
+# 12 steps of 2 ranks x 2 microbatches x 4 images are 8 epochs of 24.
 RESUME = [
     "training.steps=12",
     "training.val_interval=7",
@@ -37,6 +39,15 @@ RESUME = [
     "model.vit.drop_path_rate=0.2",
     "optimizer.warmup_steps=3",
     "dataset.train.color_jitter=0.3",
+    "dataset.train.batch_size=4",
+    "dataset.train.mixup=0.8",
+    "dataset.train.cutmix=1.0",
+    "training.ema_decay=0.9",
+    "model.moe.num_experts=4",
+    "model.moe.mlp_ratio=1",
+    "model.moe.router=noisy_topk",
+    "model.moe.load_coef=0.01",
+    "distributed.ep=2",
 ]
 
 
@@ -67,8 +78,8 @@ def train_and_watch(world, config, stop_before):
         positions = [p for b in noted for p in b.position_B.tolist()]
         seen.append((step, positions, pixels, run.optimizer.param_groups[0]["lr"]))
 
-    def fit_and_keep(run, logbook, *, start):
-        outcome = real_fit(run, logbook, start=start)
+    def fit_and_keep(run, logbook, **rest):
+        outcome = real_fit(run, logbook, **rest)
         final.append(digest(run.tensors()))
         return outcome
 
@@ -110,7 +121,7 @@ def plain_loop(world, config):
     """The same steps in plain PyTorch, written down again from the options."""
     run, _ = assemble.prepare(config, world)
     o, accum = config.optimizer, config.training.grad_accum_steps
-    model = assemble.build_model(config, backend="torch", on_meta=False)
+    model = models.build_model(config, backend="torch", on_meta=False)
     groups = optim.parameter_groups(model.named_parameters(), weight_decay=o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=tuple(o.betas), eps=o.eps)
     batches = assemble.train_batches(run, start_step=0)
@@ -134,13 +145,14 @@ def plain_loop(world, config):
 
 
 def loop_parts(world, config):
-    """Train through train.train and return this rank's part of the weights."""
+    """Train through train.train and return this rank's part of the weights, or of their average."""
     kept = []
     real_fit = train.fit
 
-    def fit_and_keep(run, logbook, *, start):
-        outcome = real_fit(run, logbook, start=start)
-        kept.extend(parts(run.shards))
+    def fit_and_keep(run, logbook, **rest):
+        outcome = real_fit(run, logbook, **rest)
+        with run.ema.swapped() if run.ema else contextlib.nullcontext():
+            kept.extend(parts(run.shards))
         return outcome
 
     train.fit = fit_and_keep
@@ -162,6 +174,69 @@ def test_the_loop_is_the_plain_loop(ranks, small_run, tmp_path, world_size, batc
     for line, plain in zip(logged, lines, strict=True):
         for name, value in plain.items():
             assert line[name] == pytest.approx(value, rel=2e-5), name
+
+
+@pytest.mark.parametrize(("world_size", "options"), [(1, []), (2, []), (2, ["distributed.ep=2"])])
+def test_averaged_weights_on_any_mesh_are_the_average_over_one_process(
+    ranks, small_run, tmp_path, world_size, options
+):
+    moe = ["model.moe.num_experts=4", "model.moe.mlp_ratio=1"]
+    base = [
+        *LOOP,
+        *moe,
+        "training.ema_decay=0.6",
+        "optimizer.name=sgd",
+        "optimizer.betas=[0.9,0.999]",
+    ]
+    base = [option for option in base if not option.startswith("optimizer.eps")]
+    config = small_run(*base, f"dataset.train.batch_size={6 // world_size}", *options)
+
+    def averaged_by_hand(world):
+        seen, kept = [], []
+        real_step = train.train_step
+
+        def step_and_note(run, *args, **kwargs):
+            if not seen:
+                seen.append([p.local.detach().clone() for p in run.shards])
+            real_step(run, *args, **kwargs)
+            seen.append([p.local.detach().clone() for p in run.shards])
+            kept[:] = [(s.name, s.full_slice()) for s in run.shards]
+
+        train.train_step = step_and_note
+        path = f"training.checkpoint.path={tmp_path / 'alone'}"
+        train.train(small_run(*base, "dataset.train.batch_size=6", path), world)
+        average = seen[0]
+        for weights in seen[1:]:
+            average = [0.6 * a + 0.4 * w for a, w in zip(average, weights, strict=True)]
+        return {name: a for (name, _), a in zip(kept, average, strict=True)}
+
+    (expected,) = ranks(1, averaged_by_hand)
+    assert worst_error(ranks(world_size, loop_parts, config), expected) <= 1e-6
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    (val,) = [line for line in log if line["event"] == "val"]
+    assert val["ema_val_loss"] != val["val_loss"]
+
+
+def validation_loss(world, config):
+    run, _ = assemble.prepare(config, world)
+    with torch.no_grad():
+        for shard in run.shards:
+            shard.local.mul_(1.5)
+    sharding.install_weights(run.model)
+    before = train.validate(run)
+    both = train.validate_all(run)
+    return before, both, train.validate(run)
+
+
+def test_validating_the_average_uses_it_and_leaves_the_weights_alone(ranks, small_run):
+    config = small_run("training.ema_decay=0.9")
+    ((before, both, after),) = ranks(1, validation_loss, config)
+    assert before == after
+    assert both["val_loss"] == before["val_loss"]
+    ((fresh, _, _),) = ranks(
+        1, lambda w, c: (train.validate(assemble.prepare(c, w)[0]), 0, 0), config
+    )
+    assert both["ema_val_loss"] == fresh["val_loss"], "the average still has the first values"
 
 
 def test_the_loop_seeds_and_communicates_as_it_says(ranks, small_run):
@@ -249,7 +324,7 @@ def test_validation_figures_equal_a_plain_loop(ranks, small_run):
 
     def plain(world):
         run, _ = assemble.prepare(config, world)
-        model = assemble.build_model(config, backend="torch", on_meta=False).eval()
+        model = models.build_model(config, backend="torch", on_meta=False).eval()
         with torch.no_grad():
             model.head.weight.mul_(50)
             batches = list(assemble.val_batches(run))
@@ -282,9 +357,9 @@ def test_dcp_to_torch_gives_the_unsharded_model(ranks, small_run, tmp_path):
     command = ["-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
     subprocess.run([sys.executable, *command, folder, tmp_path / "out.pt"], check=True)
     content = torch.load(tmp_path / "out.pt", weights_only=True)
-    model = assemble.build_model(config, backend="torch", on_meta=False).eval()
+    model = models.build_model(config, backend="torch", on_meta=False).eval()
     model.load_state_dict(content["model"], strict=True)
-    other = assemble.build_model(config, backend="torch", on_meta=False).eval()
+    other = models.build_model(config, backend="torch", on_meta=False).eval()
     checkpoint.load_torch_checkpoint(tmp_path / "out.pt", other)
     image_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -341,7 +416,7 @@ def test_mfu_follows_from_flops_and_a_named_peak(ranks, small_run, tmp_path):
     config = small_run("training.steps=2", "training.log_interval=2", "training.peak_tflops=0.5")
     ranks(1, lambda world: train.train(config, world))
     line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1])
-    flops = assemble.build_model(config, backend="torch", on_meta=True).flops_per_image()
+    flops = models.build_model(config, backend="torch", on_meta=True).flops_per_image()
     expected = 100 * 3 * flops * line["images_per_s"] / 0.5e12
     assert line["mfu_percent"] == pytest.approx(expected, rel=1e-3)
 

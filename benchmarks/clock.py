@@ -1,0 +1,56 @@
+"""How long something takes: by events on a GPU, by the wall clock on a CPU; the seam of both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+Run = Callable[[], object]
+Clock = Callable[[Run], float]
+# The host queues a step's launches behind this wait, so that its own pace is not measured; a layer
+# that waits for the device (its counts, say) still pays for that.
+HEAD_START_CYCLES = 2_000_000  # about 1 ms
+
+
+def wall_clock(run: Run) -> float:
+    """Return the milliseconds of one call."""
+    start = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - start)
+
+
+def cuda_clock() -> Clock:
+    """Return a clock of the current CUDA device; before each call the L2 cache is emptied."""
+    cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+    flush = torch.empty(4 * cache_bytes, dtype=torch.uint8, device="cuda")
+
+    def clock(run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return clock
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return the clock of a device."""
+    return cuda_clock() if device.type == "cuda" else wall_clock
+
+
+def interleave(runs: dict[str, Run], clock: Clock, *, repeats: int) -> dict[str, list[float]]:
+    """Return milliseconds of each; rounds alternate forwards and backwards, two warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(repeats + 2):
+        order = list(runs) if number % 2 else list(reversed(runs))
+        for name in order:
+            ms = clock(runs[name])
+            if number >= 2:
+                times[name].append(ms)
+    return times

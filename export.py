@@ -1,0 +1,263 @@
+"""Turn checkpoints into the files of other projects, and those into checkpoints.
+
+    python export.py SOURCE --to FORMAT --output PATH
+
+SOURCE, recognised by what it is:
+    a run folder                the newest complete checkpoint in it, or --pick best
+    a checkpoint                its folder, step_<n>_loss_<x>
+    *.safetensors               or a folder with model.safetensors, or with many and an index
+    a file of torch.save        ours, timm's, or M3ViT's global file
+    a folder of FastMoE         0.pth, 1.pth, ... or <stem>_rank0.pth, ...: joined
+
+FORMAT:
+    torch         {"model": weights, "config": options}, for checkpoint.load_torch_checkpoint
+    timm          for timm.create_model(..., checkpoint_path=PATH); prints the call; dense only
+    safetensors   a file, or a folder with files of up to --max-shard-gb and an index
+    mtl           mtl_latest_global.pth (--pick best: mtl_best_global.pth) in the folder PATH, for
+                  M3ViT's multi-task training: all experts, no head
+    dcp           a checkpoint of the weights alone, from which a training run can start
+
+Files of ours carry the options of their run, so number of heads and routing are not guessed. For a
+file that has none, --config-name and overrides as for train.py say what it is; names and shapes
+are then held to that model.
+
+Examples:
+    python export.py ckpts/vit --to timm --output vit.pth
+    python export.py ckpts/vit/step_380_loss_0.211 --to safetensors --output out/vit
+    python export.py ckpts/moe --pick best --weights ema --to mtl --output out
+    python export.py m3vit_run/checkpoint.pth.tar --to mtl --output out
+    python export.py timm.safetensors --config-name vit_small_patch16_224 --to dcp --output init
+
+Exit codes: 0 done, 2 something cannot be converted or written; one line on stderr says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import compose
+import formats
+import models
+import weight_files
+from dcp_writer import MANIFEST, METADATA, NAME
+from formats import Json, MtlFile
+from schema import ViTOptions
+from weight_sources import Choice, Source, read_source
+
+EXIT_USER_ERROR = 2
+FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")
+GB = 10**9
+MAX_SHARD_GB = 5.0
+
+
+def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
+    """Return `source` with the options of a recipe, if it is a model of these names and shapes.
+
+    Raises:
+        ValueError: It has its own options, or a parameter differs.
+    """
+    if source.config:
+        raise ValueError(f"--config-name {config_name}: {source.origin} has options of its own")
+    config = compose.compose(config_name, overrides)
+    model = models.build_model(config, backend="torch", on_meta=True)
+    expected, weights = model.state_dict(), source.weights()
+    absent = formats.missing_top(weights) if isinstance(source.content, MtlFile) else []
+    problems = []
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            is_top = any(name.startswith(part) for part in absent)
+            problems += [] if is_top else [f"missing {name}"]
+        elif name not in expected:
+            problems.append(f"unexpected {name}")
+        elif expected[name].shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+            problems.append(f"{name} is {shapes}")
+    if problems:
+        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
+    return Source(weights, dataclasses.asdict(config), source.origin)
+
+
+def timm_call(config: Json, path: Path) -> str:
+    """Return the Python that makes timm's model of a file written for it."""
+    vit = formats.option(config.get("model"), "vit")
+    assert isinstance(vit, Mapping), "a section of the options"
+    defaults = dataclasses.asdict(ViTOptions())
+    skipped = ("weight_init", "fix_init", "grad_checkpointing")
+    changed = {name: value for name, value in vit.items() if value != defaults.get(name)}
+    arguments = [
+        f"{name}={tuple(value) if isinstance(value, list) else value!r}"
+        for name, value in changed.items()
+        if name not in skipped and not name.endswith("_rate")
+    ]
+    first = ["'vit_base_patch16_224'", f"checkpoint_path={str(path)!r}"]
+    return f"timm.create_model({', '.join([*first, *arguments])})"
+
+
+def _mtl_file(source: Source) -> MtlFile:
+    if isinstance(source.content, MtlFile):
+        return source.content
+    if not source.config:
+        raise ValueError(f"--to mtl: {source.origin} has no options; name them by --config-name")
+    model = source.config.get("model")
+    assert isinstance(model, Mapping), "a section of the options"
+    return formats.to_mtl(source.content, model=model, config_json=json.dumps(source.config))
+
+
+def output_path(output: Path, to: str, *, pick: str) -> Path:
+    """Return the file or folder to write.
+
+    Raises:
+        ValueError: The name does not suit the format.
+    """
+    is_pickle = output.suffix in (".pt", ".pth")
+    if to in ("torch", "timm") and not is_pickle:
+        raise ValueError(f"--output {output}: must end in .pt or .pth")
+    if to in ("safetensors", "dcp") and is_pickle:
+        raise ValueError(f"--output {output}: must be a folder for --to {to}")
+    if to == "mtl" and not is_pickle:
+        return output / f"mtl_{'best' if pick == 'best' else 'latest'}_global.pth"
+    return output
+
+
+def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
+    """Refuse to write over or into what is not an export.
+
+    Raises:
+        ValueError: Something is at `path`, or it is part of a checkpoint or of the source.
+    """
+    whole, read = path.resolve(), source.resolve()
+    if whole == read or whole in read.parents:
+        raise ValueError(f"--output {path}: would replace the source")
+    if NAME.fullmatch(path.name):
+        raise ValueError(f"--output {path}: only a run names its checkpoints so")
+    for folder in whole.parents:
+        if (folder / MANIFEST).exists():
+            raise ValueError(f"--output {path}: checkpoint {folder} must stay as it was saved")
+    if path.exists() and not overwrite:
+        raise ValueError(f"--output {path}: exists (--overwrite replaces it)")
+    known = (METADATA, weight_files.SINGLE_NAME, weight_files.INDEX_NAME)
+    if path.is_dir() and not any((path / name).exists() for name in known):
+        raise ValueError(f"--output {path}: is a folder but no export; remove it yourself")
+
+
+def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
+    """Write `source` to `path` in the format `to`.
+
+    Raises:
+        ValueError: The format cannot express the model; the parameter or the option is named.
+    """
+    config_json = json.dumps(source.config)
+    if to == "mtl":
+        file = _mtl_file(source)
+        weight_files.write_pickle(path, {"state_dict": file.weights, "meta": dict(file.meta)})
+        return
+    weights = source.weights()
+    if to == "torch":
+        weight_files.write_pickle(path, {"model": weights, "config": config_json})
+    elif to == "timm":
+        content = {"state_dict": formats.to_timm(weights), "config": config_json}
+        weight_files.write_pickle(path, content)
+    elif to == "safetensors":
+        weight_files.write_safetensors(
+            path, weights, metadata={"config": config_json}, max_bytes=max_bytes
+        )
+    else:
+        weight_files.write_dcp(path, weights, config=source.config)
+
+
+def notes(source: Source, path: Path, *, to: str) -> list[str]:
+    """Return what there is to say about a file that was written."""
+    lines = []
+    if isinstance(source.content, MtlFile) and source.content.left_out:
+        lines.append(f"note: left out {formats.listed(source.content.left_out)}")
+    if to == "timm" and source.config:
+        lines.append(timm_call(source.config, path))
+    if to != "mtl" and (absent := formats.missing_top(source.weights())):
+        lines.append(f"note: {source.origin} has no {' and no '.join(absent)}")
+    return lines
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"error: {message} (see export.py --help)\n")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = _Parser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="after --config-name")
+    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--output", required=True, type=Path, metavar="PATH")
+    parser.add_argument(
+        "--weights", choices=("model", "ema"), default="model", help="as trained, or their average"
+    )
+    parser.add_argument(
+        "--pick", choices=("newest", "best"), default="newest", help="of a run folder's checkpoints"
+    )
+    parser.add_argument(
+        "--metric", default="-val_loss", help="of the best; default: lowest, --metric=-val_loss"
+    )
+    parser.add_argument("--stem", help="which files of ranks: <stem>_rank<r>.pth")
+    parser.add_argument("--config-name", metavar="NAME", help="recipe of a file without options")
+    parser.add_argument("--max-shard-gb", type=float, help=f"default: {MAX_SHARD_GB}")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
+    return parser.parse_intermixed_args(argv)
+
+
+def check_used(arguments: argparse.Namespace) -> None:
+    """Refuse arguments that would do nothing.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if arguments.overrides and arguments.config_name is None:
+        raise ValueError(f"{arguments.overrides[0]}: has no effect without --config-name")
+    if arguments.metric[:1] not in ("+", "-"):
+        raise ValueError(f"--metric {arguments.metric}: must be +name (highest) or -name (lowest)")
+    limit = arguments.max_shard_gb
+    if limit is not None and (arguments.to != "safetensors" or not limit > 0):
+        raise ValueError(f"--max-shard-gb {limit}: must be more than 0, and is for safetensors")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Read, convert, write, and say what was done.
+
+    Raises:
+        ValueError, OSError: It cannot be done; the message is one line.
+    """
+    check_used(arguments)
+    path = output_path(arguments.output, arguments.to, pick=arguments.pick)
+    check_free(path, source=arguments.source, overwrite=arguments.overwrite)
+    metric = arguments.metric if arguments.pick == "best" else None
+    choice = Choice(arguments.weights, metric, arguments.stem)
+    source = read_source(arguments.source, choice)
+    if arguments.config_name is not None:
+        source = name_options(source, arguments.config_name, arguments.overrides)
+    limit_gb = arguments.max_shard_gb or MAX_SHARD_GB
+    write(source, path, to=arguments.to, max_bytes=int(limit_gb * GB))
+    print(f"wrote {path} ({arguments.to}) from {source.origin}")
+    for line in notes(source, path, to=arguments.to):
+        print(line)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; return its exit code."""
+    try:
+        export(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""A signal that asks the run to stop: noticed between steps, by all ranks in the same one.
+
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away; torchrun passes SIGTERM on to
+its ranks and kills them 30 s later. One rank may have it earlier than another, or alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A signal to a whole process group comes twice, once more through torchrun: still one request.
+_SAME_REQUEST_S = 2.0
+
+
+class Stopped(Exception):  # noqa: N818  # nothing went wrong
+    """The run ended early because it was asked to, with a checkpoint of where it was."""
+
+
+class StopSignals:
+    """While entered, takes the signals; the first is a request, a later one ends the process."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._at = 0.0
+        self._pid = os.getpid()
+        self._before: list = []
+
+    def __enter__(self) -> StopSignals:
+        self._before = [signal.signal(number, self._take) for number in SIGNALS]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in zip(SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if os.getpid() != self._pid:  # a loader process, which ends when the trainer does
+            return
+        now = time.monotonic()
+        if self._name is None:
+            self._name, self._at = signal.Signals(number).name, now
+        elif now - self._at > _SAME_REQUEST_S:
+            os._exit(EXIT_STOPPED)
+
+    def agreed(self) -> bool:
+        """Return on every rank whether a rank was asked to stop. Collective.
+
+        On the CPU, so that on a GPU no step has to wait for the one before.
+        """
+        asked = torch.tensor(int(self._name is not None))
+        if dist.get_world_size() > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def describe(self) -> tuple[str, float]:
+        """Return the signal's name and the seconds since the first rank had it. Collective."""
+        mine = (time.monotonic() - self._at, self._name) if self._name else (0.0, "none")
+        everyone: list[tuple[float, str]] = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        seconds, name = max(everyone)
+        return name, seconds

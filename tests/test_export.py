@@ -1,0 +1,435 @@
+"""The command line between checkpoints and other projects' files, there and back."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+
+import checkpoint
+import export
+import weight_files
+from tests.test_formats import (
+    EVERYTHING,
+    EXPERTS,
+    HEADS,
+    Hostile,
+    as_mtl,
+    assert_equal,
+    model_of,
+    rank_files,
+)
+from tests.test_moe import moe_vit, save_weights
+
+
+def plus(weights, number):
+    """Weights that differ from `weights`, and for each number in another way."""
+    return {name: tensor + number / 64 for name, tensor in weights.items()}
+
+
+def save_run(world, root, weights, options):
+    """A run's checkpoints of steps 1, 2 and 3, of which 2 is the best."""
+    for step, loss in ((1, 0.9), (2, 0.5), (3, 0.7)):
+        tensors = plus(weights, step)
+        tree = {
+            "model": tensors,
+            "ema": plus(tensors, -1),
+            "optimizer": {name: {"exp_avg": tensor} for name, tensor in tensors.items()},
+        }
+        state = {"step": step, "metrics": {"val_loss": loss}, "config": options}
+        checkpoint.save(root, tree, state=state, loss=loss)
+
+
+def run_of(ranks, root, *overrides, recipe="vit_moe_tiny_patch8_64"):
+    model, options = model_of(*overrides, recipe=recipe)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    root.mkdir(exist_ok=True)
+    ranks(1, save_run, root, weights, options)
+    return root, model, weights
+
+
+@pytest.fixture(scope="module")
+def moe_run(ranks, tmp_path_factory):
+    return run_of(ranks, tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="module")
+def dense_run(ranks, tmp_path_factory):
+    return run_of(ranks, tmp_path_factory.mktemp("dense"), recipe="vit_tiny_patch8_64")
+
+
+def convert(*arguments):
+    """Run export.py and return its exit code."""
+    return export.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """Run export.py, which must refuse in one line; return the line."""
+    capsys.readouterr()
+    assert convert(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def model_in(folder):
+    """The weights in a Torch DCP folder."""
+    return weight_files.read_dcp(folder, "model")
+
+
+@pytest.mark.parametrize("to", ["torch", "safetensors", "mtl"])
+def test_there_and_back_is_the_checkpoint_bit_for_bit(moe_run, tmp_path, to):
+    root, _, weights = moe_run
+    out = tmp_path / ("out.pt" if to != "safetensors" else "out")
+    assert convert(root, "--to", to, "--output", out) == 0
+    assert convert(out, "--to", "dcp", "--output", tmp_path / "back") == 0
+    assert_equal(model_in(tmp_path / "back"), plus(weights, 3))
+    found = checkpoint.verify(tmp_path / "back")
+    assert found.state["config"]["model"]["vit"]["num_heads"] == HEADS
+    assert convert(tmp_path / "back", "--to", to, "--output", tmp_path / "again" / out.name) == 0
+    if to == "torch":
+        again = weight_files.read_pickle(tmp_path / "again" / out.name)
+        assert_equal(again["model"], plus(weights, 3))
+        assert again["config"] == weight_files.read_pickle(out)["config"]
+
+
+def load_model(world, folder, model):
+    tensors = {"model": {name: torch.zeros_like(t) for name, t in model.state_dict().items()}}
+    checkpoint.load(checkpoint.verify(folder), tensors)
+    return tensors["model"]
+
+
+def test_training_can_load_the_weights_of_an_export(ranks, moe_run, tmp_path):
+    root, model, weights = moe_run
+    assert convert(root, "--to", "dcp", "--output", tmp_path / "init") == 0
+    assert_equal(ranks(1, load_model, tmp_path / "init", model)[0], plus(weights, 3))
+
+
+def test_ema_and_the_best_checkpoint_are_exported_when_asked_for(moe_run, tmp_path):
+    root, _, weights = moe_run
+    best = ["--pick", "best", "--to", "torch", "--output", tmp_path / "x.pt"]
+    assert convert(root, *best) == 0
+    assert_equal(weight_files.read_pickle(tmp_path / "x.pt")["model"], plus(weights, 2))
+    assert convert(root, *best, "--overwrite", "--weights", "ema") == 0
+    expected = plus(plus(weights, 2), -1)
+    assert_equal(weight_files.read_pickle(tmp_path / "x.pt")["model"], expected)
+
+
+def test_mtl_files_are_named_after_what_was_picked(moe_run, tmp_path):
+    root, _, weights = moe_run
+    for pick, name, step in (("newest", "latest", 3), ("best", "best", 2)):
+        assert convert(root, "--pick", pick, "--to", "mtl", "--output", tmp_path) == 0
+        content = weight_files.read_pickle(tmp_path / f"mtl_{name}_global.pth")
+        assert content.keys() == {"state_dict", "meta"}
+        expected = plus(weights, step)["blocks.1.mlp.experts.b_in"]
+        assert torch.equal(content["state_dict"]["blocks.1.mlp.experts.htoh4.bias"], expected)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(moe_run, tmp_path, capsys):
+    root, _, weights = moe_run
+    run = tmp_path / "run"
+    shutil.copytree(root, run)
+    os.truncate(run / "step_3_loss_0.700" / "__0_0.distcp", 10)
+    assert convert(run, "--to", "torch", "--output", tmp_path / "x.pt") == 0
+    assert_equal(weight_files.read_pickle(tmp_path / "x.pt")["model"], plus(weights, 2))
+    line = refused(
+        capsys, run / "step_3_loss_0.700", "--to", "torch", "--output", tmp_path / "y.pt"
+    )
+    assert "step_3_loss_0.700: __0_0.distcp" in line
+
+
+def test_experts_saved_on_two_ranks_are_whole_in_the_export(ranks, tmp_path):
+    (tmp_path / "run").mkdir()
+    ranks(2, save_weights, (1, 1, 2), tmp_path / "run")
+    assert convert(tmp_path / "run", "--to", "torch", "--output", tmp_path / "x.pt") == 0
+    model = moe_vit(seed=2)
+    checkpoint.load_torch_checkpoint(tmp_path / "x.pt", model)
+    assert_equal(model.state_dict(), moe_vit().state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", [[], ["model.vit.global_pool=map", *EVERYTHING]], ids=len)
+def test_timm_makes_the_same_model_of_an_export(ranks, tmp_path, capsys, overrides):
+    root, model, weights = run_of(ranks, tmp_path / "run", *overrides, recipe="vit_tiny_patch8_64")
+    model.load_state_dict(plus(weights, 3))
+    assert convert(root, "--to", "timm", "--output", tmp_path / "x.pth") == 0
+    (call,) = re.findall(r"timm\.create_model\(.*\)", capsys.readouterr().out)
+    theirs = eval(call, {"timm": timm}).eval()  # noqa: S307
+    image_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(image_BCHW), theirs(image_BCHW), rtol=0, atol=1e-5)
+
+
+def test_timm_weights_become_a_checkpoint_of_a_recipe(tmp_path, capsys):
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    to_dcp = [tmp_path / "timm.pth", "--to", "dcp", "--output", tmp_path / "init"]
+    recipe = ["--config-name", "vit_tiny_patch16_224"]
+    line = refused(capsys, *to_dcp, *recipe)
+    assert "head.bias is (10,), not (1000,)" in line
+    assert convert(*to_dcp, *recipe, "model.vit.num_classes=10") == 0
+    assert_equal(model_in(tmp_path / "init"), theirs.state_dict())
+    config = checkpoint.verify(tmp_path / "init").state["config"]
+    assert config["model"]["vit"]["num_heads"] == 3
+
+
+def test_timm_gets_no_experts_and_nothing_is_written(moe_run, tmp_path, capsys):
+    line = refused(capsys, moe_run[0], "--to", "timm", "--output", tmp_path / "x.pth")
+    assert "blocks.1.mlp.experts.b_in" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_shards(folder, shards, *, name="{}.pth", **more):
+    folder.mkdir()
+    for rank, shard in enumerate(shards):
+        content = {"state_dict": shard, "epoch": 3, **more}
+        torch.save(content, folder / name.format(rank))
+
+
+@pytest.fixture(scope="module")
+def shards():
+    return rank_files(model_of(), world=4, prefix="module.encoder.")
+
+
+@pytest.mark.parametrize("name", ["{}.pth", "checkpoint_latest_rank{}.pth"])
+def test_a_folder_of_fastmoe_becomes_one_file(shards, tmp_path, name):
+    save_shards(tmp_path / "x.pth.tar", shards[0], name=name)
+    assert convert(tmp_path / "x.pth.tar", "--to", "mtl", "--output", tmp_path / "out") == 0
+    content = weight_files.read_pickle(tmp_path / "out" / "mtl_latest_global.pth")
+    assert_equal(content["state_dict"], shards[1].weights)
+    assert content["meta"]["source"] == "pretrain_sharded_dir"
+
+
+def test_ranks_are_ordered_as_numbers(tmp_path):
+    whole = as_mtl(*model_of("model.moe.num_experts=12")).weights
+    experts = [name for name in whole if "mlp.experts.h" in name]
+    shards = [whole | {name: whole[name][i : i + 1].clone() for name in experts} for i in range(12)]
+    save_shards(tmp_path / "x", shards)
+    assert convert(tmp_path / "x", "--to", "mtl", "--output", tmp_path / "out.pth") == 0
+    found = weight_files.read_pickle(tmp_path / "out.pth")["state_dict"]
+    assert_equal(found, whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_folder_without_a_rank_is_refused(shards, tmp_path, capsys, rank):
+    save_shards(tmp_path / "x", shards[0])
+    (tmp_path / "x" / f"{rank}.pth").unlink()
+    line = refused(capsys, tmp_path / "x", "--to", "mtl", "--output", tmp_path / "out")
+    assert f"{tmp_path / 'x'}: " in line
+    assert ("6 of 8 experts" if rank == 3 else f"ranks [{rank}] are missing") in line
+
+
+def test_two_sets_of_ranks_in_a_folder_need_a_stem(shards, tmp_path, capsys):
+    name = "checkpoint_{}_rank{{}}.pth"
+    save_shards(tmp_path / "x", shards[0], name=name.format("latest"))
+    for path in list((tmp_path / "x").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("latest", "best")))
+    arguments = [tmp_path / "x", "--to", "mtl", "--output", tmp_path / "out"]
+    assert "'checkpoint_best', 'checkpoint_latest': choose" in refused(capsys, *arguments)
+    assert convert(*arguments, "--stem", "checkpoint_best") == 0
+
+
+def test_the_average_of_fastmoes_ranks_is_exported_when_asked_for(shards, tmp_path, capsys):
+    save_shards(tmp_path / "x", shards[0], model_ema=None)
+    arguments = [tmp_path / "x", "--to", "mtl", "--weights", "ema", "--output", tmp_path / "out"]
+    assert "0.pth: has no weights in `model_ema`" in refused(capsys, *arguments)
+    for rank, shard in enumerate(shards[0]):
+        content = {"model": shard, "model_ema": plus(shard, 1)}
+        torch.save(content, tmp_path / "x" / f"{rank}.pth")
+    assert convert(*arguments) == 0
+    content = weight_files.read_pickle(tmp_path / "out" / "mtl_latest_global.pth")
+    assert_equal(content["state_dict"], plus(shards[1].weights, 1))
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+@pytest.mark.parametrize("meta", [{}, {"meta": {"expert_format": "local"}}])
+def test_one_ranks_file_is_refused_with_the_command_that_works(shards, tmp_path, capsys, key, meta):
+    save_shards(tmp_path / "x", shards[0], name="checkpoint_best_rank{}.pth")
+    path = tmp_path / "x" / "checkpoint_best.pth"
+    torch.save({key: shards[0][0], **meta}, path)
+    line = refused(capsys, path, "--to", "mtl", "--output", tmp_path / "out")
+    assert f"{path}: blocks.1.mlp.experts.htoh4.weight has 2 of 8 experts" in line
+    command = line.partition("export.py ")[2].replace("<folder>", str(tmp_path / "out"))
+    assert "--stem checkpoint_best " in command
+    assert convert(*command.split()) == 0
+
+
+def test_a_single_global_file_of_m3vit_keeps_its_meta_and_becomes_ours(shards, tmp_path, capsys):
+    meta = {"expert_format": "global", "moe_experts_global": EXPERTS, "world_size": 4}
+    torch.save({"state_dict": shards[1].weights, "meta": meta}, tmp_path / "mtl.pth")
+    assert convert(tmp_path / "mtl.pth", "--to", "mtl", "--output", tmp_path / "again.pth") == 0
+    again = weight_files.read_pickle(tmp_path / "again.pth")
+    assert_equal(again["state_dict"], shards[1].weights)
+    assert meta.items() <= again["meta"].items()
+    assert again["meta"]["source"] == "pretrain_single_file"
+    to_dcp = [tmp_path / "mtl.pth", "--to", "dcp", "--output", tmp_path / "init"]
+    assert convert(*to_dcp) == 0
+    assert "has no norm or fc_norm and no head" in capsys.readouterr().out
+    assert "head.weight" not in model_in(tmp_path / "init")
+
+
+def test_torchs_own_converters_and_ours_understand_each_other(moe_run, tmp_path):
+    root, model, weights = moe_run
+    assert convert(root, "--to", "dcp", "--output", tmp_path / "dcp") == 0
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "theirs.pt")
+    checkpoint.load_torch_checkpoint(tmp_path / "theirs.pt", model)
+    assert_equal(model.state_dict(), plus(weights, 3))
+    assert convert(root, "--to", "torch", "--output", tmp_path / "ours.pt") == 0
+    for name in ("theirs", "ours"):
+        torch_save_to_dcp(tmp_path / f"{name}.pt", tmp_path / name)
+        back = tmp_path / f"{name}_again.pt"
+        assert convert(tmp_path / name, "--to", "torch", "--output", back) == 0
+        checkpoint.load_torch_checkpoint(back, model)
+        assert_equal(model.state_dict(), plus(weights, 3))
+
+
+def test_a_run_s_own_checkpoint_passes_through_dcp_to_torch_and_back(moe_run, tmp_path):
+    root, model, weights = moe_run
+    dcp_to_torch_save(root / "step_1_loss_0.900", tmp_path / "x.pt")
+    checkpoint.load_torch_checkpoint(tmp_path / "x.pt", model)
+    assert_equal(model.state_dict(), plus(weights, 1))
+    assert convert(tmp_path / "x.pt", "--to", "dcp", "--output", tmp_path / "dcp") == 0
+    assert_equal(model_in(tmp_path / "dcp"), plus(weights, 1))
+    ema = [tmp_path / "x.pt", "--weights", "ema", "--to", "dcp", "--output", tmp_path / "ema"]
+    assert convert(*ema) == 0
+    expected = plus(plus(weights, 1), -1)
+    assert_equal(model_in(tmp_path / "ema"), expected)
+
+
+def test_code_in_any_file_is_refused_by_name_and_not_run(moe_run, shards, tmp_path, capsys):
+    marker = tmp_path / "ran"
+    hostile = {"model": shards[1].weights, "args": Hostile(marker)}
+    torch.save(hostile, tmp_path / "x.pth")
+    save_shards(tmp_path / "ranks", shards[0])
+    torch.save(hostile, tmp_path / "ranks" / "2.pth")
+    folder = tmp_path / "dcp"
+    assert convert(moe_run[0], "--to", "dcp", "--output", folder) == 0
+    (folder / "manifest.json").unlink()
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(marker)))
+    for path, name in ((tmp_path / "x.pth",) * 2, (tmp_path / "ranks", "2.pth"), (folder, ".meta")):
+        line = refused(capsys, path, "--to", "torch", "--output", tmp_path / "out.pt")
+        assert str(name) in line
+        assert "posix.system" in line
+    assert not marker.exists()
+
+
+def test_nothing_is_overwritten_unless_asked_for(dense_run, tmp_path, capsys):
+    root = dense_run[0]
+    (tmp_path / "x.pt").write_text("mine")
+    arguments = [root, "--to", "torch", "--output", tmp_path / "x.pt"]
+    assert "exists (--overwrite replaces it)" in refused(capsys, *arguments)
+    assert (tmp_path / "x.pt").read_text() == "mine"
+    assert convert(*arguments, "--overwrite") == 0
+    for to in ("dcp", "safetensors"):
+        into = [root, "--to", to, "--output", tmp_path / to, "--overwrite"]
+        assert [convert(*into), convert(*into)] == [0, 0]
+        shutil.rmtree(tmp_path / to)
+        (tmp_path / to).mkdir()
+        (tmp_path / to / "thesis.tex").write_text("mine")
+        assert "is a folder but no export" in refused(capsys, *into)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pt", "dcp", "safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("step_3_loss_0.700", "would replace the source"),
+        ("", "would replace the source"),
+        ("step_2_loss_0.500/x", "must stay as it was saved"),
+        ("step_9_loss_1.000", "only a run names its checkpoints so"),
+    ],
+)
+def test_a_runs_checkpoints_are_safe_from_exports(dense_run, capsys, output, message):
+    root = dense_run[0]
+    source = root / "step_3_loss_0.700"
+    arguments = [source, "--to", "dcp", "--output", root / output, "--overwrite"]
+    assert message in refused(capsys, *arguments)
+    assert checkpoint.verify(source).step == 3
+
+
+ERRORS = {
+    "no such file": "{root}/none --to torch --output x.pt",
+    "must end in .pt or .pth": "{root} --to timm --output x",
+    "must be a folder": "{root} --to dcp --output x.pt",
+    "raise --max-shard-gb": "{root} --to safetensors --output x.safetensors --max-shard-gb=1e-5",
+    "must be more than 0, and is for": "{root} --to dcp --output x --max-shard-gb=2",
+    "model.vit.depth=3: has no effect": "{root} model.vit.depth=3 --to dcp --output x",
+    "has options of its own": "{root} --to dcp --output x --config-name vit_tiny_patch8_64",
+    "no checkpoint .* figure": "{root} --to dcp --output x --pick best --metric=+a",
+    "metric a: must be": "{root} --to dcp --output x --pick best --metric a",
+    "arguments are required: --output": "{root} --to torch",
+    "invalid choice: 'onnx'": "{root} --to onnx --output x",
+    "has no file": "{empty} --to mtl --output x",
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_a_mistake_is_one_line_and_exit_code_2(dense_run, tmp_path, monkeypatch, capsys, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = ERRORS[message].format(root=dense_run[0], empty=tmp_path).split()
+    try:
+        code = export.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert re.search(message, line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_there_are_an_error(ranks, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    ranks(1, save_weights, (1, 1, 1), tmp_path / "run")
+    to_torch = ["--to", "torch", "--output", tmp_path / "x.pt", "--weights", "ema"]
+    assert "has no ema weights (it has: model)" in refused(capsys, tmp_path / "run", *to_torch)
+    to_mtl = ["--to", "mtl", "--output", tmp_path / "x"]
+    assert "name them by --config-name" in refused(capsys, tmp_path / "run", *to_mtl)
+
+
+def test_an_average_of_some_parameters_only_is_an_error(ranks, tmp_path, capsys):
+    def save(world):
+        tree = {"model": {"norm.bias": torch.ones(1), "norm.weight": torch.ones(1)}}
+        tree["ema"] = {"norm.bias": torch.ones(1)}
+        checkpoint.save(tmp_path / "run", tree, state={"step": 1, "metrics": {}}, loss=1.0)
+
+    (tmp_path / "run").mkdir()
+    ranks(1, save)
+    to_torch = ["--to", "torch", "--output", tmp_path / "x.pt", "--weights", "ema"]
+    assert "ema weights lack norm.weight" in refused(capsys, tmp_path / "run", *to_torch)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model": 3}', "3", "null", "not JSON"])
+def test_what_another_project_calls_config_is_not_taken_for_options(tmp_path, text):
+    weights = {"norm.bias": torch.ones(1)}
+    metadata = {"config": text}
+    path = tmp_path / "x.safetensors"
+    weight_files.write_safetensors(path, weights, metadata=metadata, max_bytes=10**6)
+    torch.save({"model": weights, "config": text}, tmp_path / "x.pt")
+    for source in (path, tmp_path / "x.pt"):
+        out = tmp_path / f"{source.suffix}_out.pth"
+        assert convert(source, "--to", "timm", "--output", out) == 0
+        assert weight_files.read_pickle(out)["config"] == "{}"
+
+
+def test_a_large_model_is_split_into_files_that_are_read_as_one(moe_run, tmp_path):
+    root, _, weights = moe_run
+    limit = ["--max-shard-gb", 1e-4]
+    assert convert(root, "--to", "safetensors", "--output", tmp_path / "x", *limit) == 0
+    assert len(list((tmp_path / "x").glob("model-*-of-*.safetensors"))) > 2
+    found, metadata = weight_files.read_safetensors(tmp_path / "x")
+    assert_equal(found, plus(weights, 3))
+    assert json.loads(metadata["config"])["model"]["moe"]["num_experts"] == EXPERTS
+
+
+def test_help_shows_every_format_and_its_examples_parse(capsys):
+    with pytest.raises(SystemExit):
+        export.parse(["--help"])
+    shown = capsys.readouterr().out
+    examples = re.findall(r"python export\.py (\S+ --to .*|\S+ --\S+ .* --to .*)", shown)
+    assert len(examples) == 6
+    used = {export.parse(line.split()).to for line in examples[1:]}
+    assert used <= set(export.FORMATS)
+    assert all(f"\n    {name} " in shown for name in export.FORMATS)

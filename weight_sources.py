@@ -1,0 +1,180 @@
+"""Weights from whatever holds them, recognised by what it is, with the options of their run.
+
+    run folder | checkpoint | safetensors | torch.save | folder of FastMoE -> read_source -> Source
+
+The formats are listed in export.py. What is incomplete is refused with the way to complete it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import checkpoint
+import formats
+import weight_files
+from checkpoint import Checkpoint
+from dcp_writer import MANIFEST, METADATA
+from formats import Json, MtlFile, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What was read: our weights or a file of M3ViT, and the options of the run, {} if unknown."""
+
+    content: Weights | MtlFile
+    config: Json
+    origin: str
+
+    def weights(self) -> Weights:
+        """Return the weights by our names."""
+        is_mtl = isinstance(self.content, MtlFile)
+        return formats.from_mtl(self.content) if is_mtl else self.content  # type: ignore[arg-type, return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which of the things in the source is meant.
+
+    weights: "model" as trained, or "ema" for their average.
+    metric: of a run's checkpoints the best by this figure, None for the newest.
+    stem: of a folder's files those named <stem>_rank<r>.pth.
+    """
+
+    weights: str = "model"
+    metric: str | None = None
+    stem: str | None = None
+
+
+def find_checkpoint(run_folder: Path, *, metric: str | None) -> Checkpoint:
+    """Return the newest complete checkpoint of a run, or the best one by a figure of its state.
+
+    `metric` is "+name" where the highest figure is the best and "-name" where the lowest is.
+
+    Raises:
+        ValueError: None is complete, or none has the figure.
+    """
+    folders = checkpoint.candidates(run_folder)
+    if metric is not None:
+        scored = [(checkpoint.score(folder, metric), folder) for folder in folders]
+        folders = [folder for value, folder in scored if math.isfinite(value)]
+        if not folders:
+            raise ValueError(f"--metric {metric}: no checkpoint in {run_folder} has this figure")
+        folders.sort(key=lambda folder: checkpoint.score(folder, metric), reverse=True)
+    problems = []
+    for folder in folders:
+        try:
+            return checkpoint.verify(folder)
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
+
+
+def _our_options(value: object) -> Json:
+    """Return the options of a run of ours, {} for anything else that a file says of itself."""
+    model = value.get("model") if isinstance(value, dict) else None
+    sections = [model.get(name) for name in ("vit", "moe")] if isinstance(model, dict) else [None]
+    is_ours = isinstance(value, dict) and all(isinstance(part, dict) for part in sections)
+    return value if is_ours else {}  # type: ignore[return-value]
+
+
+def _parse_options(text: object) -> Json:
+    try:
+        return _our_options(json.loads(text)) if isinstance(text, str) else {}
+    except (ValueError, RecursionError):  # some other project's `config`
+        return {}
+
+
+def _read_checkpoint(found: Checkpoint, choice: Choice) -> Source:
+    weights = weight_files.read_dcp(found.folder, choice.weights)
+    return Source(weights, _our_options(found.state.get("config")), str(found.folder))
+
+
+def _state_dict(content: object, path: Path, *, key: str | None) -> Weights:
+    """Return the state dict in a file of torch.save: under `key`, the usual keys, or all of it."""
+    holder = content if isinstance(content, dict) else {}
+    keys = [key] if key else [name for name in ("state_dict", "model") if name in holder]
+    found = holder.get(keys[0]) if keys else content
+    if not weight_files.is_tensors(found):
+        raise ValueError(f"file {path}: has no weights in `{keys[0] if keys else 'it'}`")
+    return found  # type: ignore[return-value]
+
+
+def _local_advice(path: Path) -> str:
+    """Say how to get a global file where `path` has one rank's experts."""
+    stem = re.sub(r"_rank\d+$", "", path.stem)
+    is_set = (path.parent / f"{stem}_rank0.pth").exists()
+    name, also = (f"{stem}_rank<r>.pth", f" --stem {stem}") if is_set else ("<r>.pth", "")
+    return (
+        f"these are one rank's; with the files of all ranks in one folder, as {name}, run: "
+        f"python export.py {path.parent}{also} --to mtl --output <folder>"
+    )
+
+
+def _read_pickle(path: Path, choice: Choice) -> Source:
+    content = weight_files.read_pickle(path)
+    holder: Mapping[str, object] = content if isinstance(content, dict) else {}
+    key = None
+    if choice.weights == "ema":
+        key = "model_ema" if "model_ema" in holder else "ema"
+    weights = _state_dict(content, path, key=key)
+    found = holder.get("meta")
+    meta = found if isinstance(found, dict) and "expert_format" in found else {}
+    if not meta and not formats.is_m3vit(weights):
+        config = _parse_options(holder.get("config"))
+        return Source(formats.from_timm(weights), config, str(path))
+    encoder, _ = formats.encoder_of(weights)
+    if problem := formats.missing_experts(encoder):
+        raise ValueError(f"file {path}: {problem}: {_local_advice(path)}")
+    merged = formats.merge_shards([weights], source="pretrain_single_file")
+    facts = {**merged.meta, **meta}
+    own = facts["moevit"]
+    config = _parse_options(own.get("config") if isinstance(own, dict) else None)
+    checked = {name: merged.meta[name] for name in ("expert_format", "moe_experts_global")}
+    return Source(MtlFile(merged.weights, {**facts, **checked}, merged.left_out), config, str(path))
+
+
+def _read_shards(folder: Path, choice: Choice) -> Source:
+    """Join the files of FastMoE's ranks; of each only its state dict is kept in memory."""
+    key = "model_ema" if choice.weights == "ema" else None
+    files = weight_files.shard_files(folder, stem=choice.stem)
+    shards = [_state_dict(weight_files.read_pickle(path), path, key=key) for path in files]
+    try:
+        merged = formats.merge_shards(shards, source="pretrain_sharded_dir")
+    except ValueError as error:
+        raise ValueError(f"folder {folder}: {error}") from error
+    return Source(merged, {}, f"{len(files)} files of {folder}")
+
+
+def read_source(path: Path, choice: Choice) -> Source:
+    """Read whatever is at `path`.
+
+    Raises:
+        FileNotFoundError: Nothing is.
+        ValueError: It is not what this program can read, damaged, or incomplete.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        if MANIFEST in names:
+            return _read_checkpoint(checkpoint.verify(path), choice)
+        if METADATA in names:
+            origin = f"{path} (not verified: it has no {MANIFEST})"
+            return Source(weight_files.read_dcp(path, choice.weights), {}, origin)
+        if checkpoint.candidates(path):
+            return _read_checkpoint(find_checkpoint(path, metric=choice.metric), choice)
+        is_safetensors = bool(names & {weight_files.INDEX_NAME, weight_files.SINGLE_NAME})
+        if not is_safetensors:
+            return _read_shards(path, choice)
+    elif path.suffix != ".safetensors":
+        return _read_pickle(path, choice)
+    if choice.weights == "ema":
+        raise ValueError(f"--weights ema: {path} has one set of weights; leave it out")
+    weights, metadata = weight_files.read_safetensors(path)
+    config = _parse_options(metadata.get("config"))
+    return Source(formats.from_timm(weights), config, str(path))
