@@ -9,29 +9,40 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import augment
 import checkpoint
+import decoding
 import distributed
 import image_index
 import imagenet_dataset
 import layers
+import losses
 import models
 import optim
+import path_env
 import sharding
+import shared_index
+import validation
+from augment import Normaliser, Transform
 from distributed import World
-from image_index import ImageIndex
-from imagenet_dataset import Batch
+from feed import Feed, Tolerance
+from image_index import ImageIndex, Split
+from image_reader import ImageReader
+from imagenet_dataset import Batch, Order
 from mixing import Mixer
 from schema import Config
 from sharding import Shard
 from vit import Block
+
+# logits, labels or mixed targets, images -> loss
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Run:
     val_index: ImageIndex
     dtype: torch.dtype
     flops_per_image: int
+    criterion: Criterion
 
     @property
     def folder(self) -> Path:
@@ -64,6 +76,22 @@ class Run:
             * self.world.size
         )
 
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of update `step`, from 0."""
+        o = self.config.optimizer
+        if o.schedule_per_epoch:
+            epoch_steps = max(1, image_order(self).epoch_images // self.global_batch)
+            step = optim.step_of_epoch(step, epoch_steps=epoch_steps)
+        return optim.lr_at(
+            step,
+            peak=validation.peak_lr(self.config, self.global_batch),
+            final=o.min_lr,
+            warmup_steps=o.warmup_steps,
+            num_steps=self.config.training.steps,
+            warmup_lr=o.warmup_lr,
+            is_cosine_after_warmup=o.warmup_prefix,
+        )
+
     def tensors(self) -> checkpoint.TensorTree:
         """Return what a checkpoint holds, on the training memory."""
         tensors: dict[str, checkpoint.TensorTree] = {
@@ -75,39 +103,47 @@ class Run:
         return tensors
 
 
-def unpack_once(root: Path, world: World) -> None:
-    """Unpack a bundled archive on first use, once per node; the other ranks wait. Collective.
+def data_root(config: Config) -> Path:
+    """Return the dataset's folder."""
+    data = config.dataset
+    if data.path_env is None:
+        return Path(data.train.root).expanduser()
+    return path_env.read_root(Path(data.path_env).expanduser(), data.name)
+
+
+def _find_index(config: Config, root: Path, split: Split, world: World) -> ImageIndex:
+    data = config.dataset
+    shared_index.unpack_once(root, world)
+    folder = Path(data.index_folder).expanduser() if data.index_folder else None
+    index = shared_index.find_index(root, split, world, folder=folder)
+    share = data.subset if split == "train" else 1.0
+    return image_index.select(index, class_filter=data.class_filter, share=share)
+
+
+def find_val_images(config: Config, world: World) -> ImageIndex:
+    """Index the validation images; unpack a bundled archive on first use. Collective.
 
     Raises:
-        ValueError: On every rank, if the archive cannot be unpacked on any node.
+        ValueError: They have not as many classes as the model, or are not as many as they must be.
     """
-    problem: str | None = None
-    if world.local_rank == 0:
-        try:
-            image_index.unpack_archive(root)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    problems: list[str | None] = [None] * world.size
-    dist.all_gather_object(problems, problem)
-    found = next((item for item in problems if item is not None), None)
-    if found is not None:
-        raise ValueError(found)
+    val_root = config.dataset.val.root
+    root = Path(val_root).expanduser() if val_root else data_root(config)
+    index = _find_index(config, root, "val", world)
+    image_index.check_count(index, config.dataset.val.images)
+    if len(index.classes) != config.model.vit.num_classes:
+        raise ValueError(
+            f"config model.vit.num_classes={config.model.vit.num_classes}: must be "
+            f"{len(index.classes)}, the classes in {index.root}"
+        )
+    return index
 
 
 def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     """Index the training and validation images; unpack a bundled archive on first use."""
-    train_root = Path(config.dataset.train.root).expanduser()
-    val_root = Path(config.dataset.val.root or train_root).expanduser()
-    for root in (train_root, val_root):
-        unpack_once(root, world)
-    train_index = image_index.index_images(train_root, "train")
-    val_index = image_index.index_images(val_root, "val")
+    train_index = _find_index(config, data_root(config), "train", world)
+    image_index.check_count(train_index, config.dataset.train.images)
+    val_index = find_val_images(config, world)
     image_index.check_same_classes(train_index, val_index)
-    if len(train_index.classes) != config.model.vit.num_classes:
-        raise ValueError(
-            f"config model.vit.num_classes={config.model.vit.num_classes}: must be "
-            f"{len(train_index.classes)}, the classes in {train_index.root}"
-        )
     distributed.require_equal("dataset", image_index.digest(train_index))
     return train_index, val_index
 
@@ -125,10 +161,19 @@ def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimize
     """Return the optimizer over this rank's shards, ready to drive the sharded model."""
     o = config.optimizer
     groups = optim.parameter_groups(
-        ((shard.name, shard.local) for shard in shards), weight_decay=o.weight_decay
+        ((shard.name, shard.local) for shard in shards),
+        weight_decay=o.weight_decay,
+        layer_decay=o.layer_decay,
+        depth=config.model.vit.depth,
     )
     optimizer = optim.build_optimizer(
-        o.name, groups, betas=(o.betas[0], o.betas[1]), eps=o.eps, momentum=o.momentum
+        o.name,
+        groups,
+        betas=(o.betas[0], o.betas[1]),
+        eps=o.eps,
+        momentum=o.momentum,
+        num_copies={shard.local: shard.num_copies for shard in shards},
+        sum_over_ranks=distributed.sum_over_ranks,
     )
     sharding.shard_optimizer(optimizer)
     return optimizer
@@ -138,6 +183,24 @@ def build_ema(config: Config, shards: list[Shard]) -> optim.Ema | None:
     """Return the average of this rank's shards, or None if it is off."""
     decay = config.training.ema_decay
     return None if decay is None else optim.Ema([shard.local for shard in shards], decay=decay)
+
+
+def build_criterion(config: Config) -> Criterion:
+    """Return the loss of logits_BY and labels or mixed targets; it does not look at the images."""
+    t = config.training
+
+    def loss(logits_BY: Tensor, target: Tensor, _image_BCHW: Tensor) -> Tensor:
+        if t.loss == "ce":
+            return losses.smoothed_loss(logits_BY, target, smoothing=t.label_smoothing)
+        return losses.binary_loss(
+            logits_BY,
+            target,
+            smoothing=t.label_smoothing,
+            threshold=t.bce_threshold,
+            is_sum=t.bce_sum,
+        )
+
+    return loss
 
 
 def build_mixer(config: Config) -> Mixer | None:
@@ -199,6 +262,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         val_index=val_index,
         dtype=dtype,
         flops_per_image=vit.train().flops_per_image(),
+        criterion=build_criterion(config),
     )
     choices = {
         "backend": backend,
@@ -209,30 +273,63 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         "mesh": f"dp_outer={meshes.dp_outer} dp_shard={meshes.expert.size(1)} ep={meshes.ep}",
         "zero": strategy,
         "parameters": sum(shard.main.numel() for shard in shards),
-        "global_batch": run.global_batch,
-        "train_images": len(train_index.paths),
-        "val_images": len(val_index.paths),
-        "layout": train_index.layout,
+        **data_choices(run),
     }
     return run, choices
+
+
+def data_choices(run: Run) -> dict[str, object]:
+    """Return what an update and an epoch are made of, for the log.
+
+    Raises:
+        ValueError: The options do not fit the images, or the images of an update.
+    """
+    return {
+        "global_batch": run.global_batch,
+        "peak_lr": validation.peak_lr(run.config, run.global_batch),
+        "epoch_images": image_order(run).epoch_images,
+        "train_images": len(run.train_index.paths),
+        "val_images": len(run.val_index.paths),
+        "layout": run.train_index.layout,
+        "decoder": " ".join(decoding.pick_decoder(run.config.dataset.decoder)),
+    }
+
+
+def image_order(run: Run) -> Order:
+    """Return in which order the run sees the training images."""
+    train = run.config.dataset.train
+    return Order(
+        len(run.train_index.paths),
+        repeats=train.repeats,
+        batch=train.batch_size,
+        step_images=run.global_batch,
+    )
 
 
 def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
     """Yield this rank's microbatches from update `start_step` to the end of the run."""
     data, train = run.config.dataset, run.config.dataset.train
-    transform = imagenet_dataset.train_transform(
+    transform = augment.train_transform(
+        is_raw=train.reprob == 0,  # what is erased is filled with normalised noise
         img_size=models.height_width(run.config.model.vit.img_size),
         scale=(train.crop_scale[0], train.crop_scale[1]),
         ratio=(train.crop_ratio[0], train.crop_ratio[1]),
+        crop=train.crop,
         hflip=train.hflip,
+        auto_augment=train.auto_augment,
         color_jitter=train.color_jitter,
-        interpolation=data.interpolation,
+        reprob=train.reprob,
+        remode=train.remode,
+        recount=train.recount,
+        interpolation=train.interpolation or data.interpolation,
         mean=(data.mean[0], data.mean[1], data.mean[2]),
         std=(data.std[0], data.std[1], data.std[2]),
     )
     loader = imagenet_dataset.train_loader(
-        run.train_index,
+        _reader(run.config, run.train_index, is_scaled=train.scaled_decode),
         transform=transform,
+        timeout_s=data.timeout_s,
+        order=image_order(run),
         batch_size=train.batch_size,
         grad_accum_steps=run.config.training.grad_accum_steps,
         start_step=start_step,
@@ -243,24 +340,52 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
         num_workers=data.num_workers,
         pin_memory=run.world.device.type == "cuda",
     )
-    yield from loader
+    yield from _feed(run.config, loader, "train", run.world)
 
 
-def val_batches(run: Run) -> DataLoader:
-    """Return the loader of this rank's share of the validation images."""
-    data = run.config.dataset
-    return imagenet_dataset.val_loader(
-        run.val_index,
-        transform=imagenet_dataset.val_transform(
-            img_size=models.height_width(data.val.img_size or run.config.model.vit.img_size),
-            crop_ratio=data.val.crop_ratio,
-            interpolation=data.interpolation,
+def _reader(config: Config, index: ImageIndex, *, is_scaled: bool = False) -> ImageReader:
+    decoder, _ = decoding.pick_decoder(config.dataset.decoder)
+    return ImageReader(index, decoder=decoder, is_scaled=is_scaled)
+
+
+def _feed(config: Config, loader: DataLoader, split: Split, world: World) -> Feed:
+    data = config.dataset
+    gather = shared_index.gather_bad if world.size > 1 else None
+    return Feed(
+        loader,
+        split=split,
+        device=world.device,
+        normaliser=Normaliser(
             mean=(data.mean[0], data.mean[1], data.mean[2]),
             std=(data.std[0], data.std[1], data.std[2]),
         ),
-        batch_size=data.val.batch_size,
-        rank=run.world.rank,
-        world=run.world.size,
-        num_workers=data.num_workers,
-        pin_memory=run.world.device.type == "cuda",
+        tolerance=Tolerance(data.max_bad if data.on_error == "skip" else None, gather=gather),
     )
+
+
+def val_transform(config: Config, *, is_raw: bool = False) -> Transform:
+    """Return what turns an image into the network's input, or into uint8, without chance."""
+    data = config.dataset
+    return augment.val_transform(
+        is_raw=is_raw,
+        img_size=models.height_width(data.val.img_size or config.model.vit.img_size),
+        crop_ratio=data.val.crop_ratio,
+        interpolation=data.interpolation,
+        mean=(data.mean[0], data.mean[1], data.mean[2]),
+        std=(data.std[0], data.std[1], data.std[2]),
+    )
+
+
+def val_batches(config: Config, index: ImageIndex, world: World) -> Feed:
+    """Return this rank's share of the validation images."""
+    loader = imagenet_dataset.val_loader(
+        _reader(config, index),
+        transform=val_transform(config, is_raw=True),
+        timeout_s=config.dataset.timeout_s,
+        batch_size=config.dataset.val.batch_size,
+        rank=world.rank,
+        world=world.size,
+        num_workers=config.dataset.num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    return _feed(config, loader, "val", world)

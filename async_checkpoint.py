@@ -11,9 +11,11 @@ killed, fails every later save.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import mmap
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -41,6 +43,7 @@ from run_folder import Swept
 _ALIGNMENT_BYTES = 64
 _POLL_S = 0.005
 _END_S = 5.0
+_PR_SET_PDEATHSIG = 1
 Retention = Callable[[Path], Swept]
 
 
@@ -107,6 +110,8 @@ def work(pipe: int, memory: int, num_bytes: int) -> None:
     # What asks the trainer to save and stop must not cost the save.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    # The end of the pipe says it too, but loader processes have inherited the other side.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(5)
     torch.set_num_threads(1)
     connection = Connection(pipe)
@@ -116,14 +121,14 @@ def work(pipe: int, memory: int, num_bytes: int) -> None:
     def listen() -> None:
         while True:
             try:
-                jobs.put(connection.recv())
+                jobs.put(connection.recv_bytes())
             except (EOFError, OSError):
                 os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
     connection.send(None)
     while True:
-        function, arguments = jobs.get()
+        function, arguments = pickle.loads(jobs.get())  # noqa: S301  # from the trainer
         connection.send(dcp_writer.outcome_of(function, shared, *arguments))
 
 

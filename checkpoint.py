@@ -117,6 +117,9 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise ValueError(f"{MANIFEST} {name} sha256={digest}: must be 64 hex digits")
         files[name] = (size, digest)
+    # No digest covers this file, so not a byte of it may be other than it was written.
+    if dcp_writer.encode(manifest) != (folder / MANIFEST).read_bytes():
+        raise ValueError(f"{MANIFEST} is not as it was written")
     return files
 
 

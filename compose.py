@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
 from hydra import compose as hydra_compose
@@ -92,6 +93,24 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
         raise ValueError(_one_line(error)) from error
     if not isinstance(config, Config):
         raise ValueError(f"config {path}: must begin with `defaults: [schema, _self_]`")
+    return validate(config)
+
+
+def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
+    """Return the validated options of `dataclasses.asdict(config)`, as read again from JSON.
+
+    Options that came later have their defaults; `overrides` are name=value.
+
+    Raises:
+        ValueError: An option is unknown, of the wrong type or out of range.
+    """
+    try:
+        given = OmegaConf.from_dotlist(overrides)
+        merged = OmegaConf.merge(_thaw(OmegaConf.structured(Config)), dict(values), given)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from error
+    assert isinstance(config, Config), "merged into one"
     return validate(config)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -90,6 +92,19 @@ def launch_facts() -> tuple[int, int, int]:
         )
     rank, world_size, local_rank = (int(value or 0) for value in values)
     return rank, world_size, local_rank
+
+
+def expand_path(text: str) -> Path:
+    """Return a path with ~ and variables of the environment filled in.
+
+    Raises:
+        ValueError: A variable is not set; the message names it.
+    """
+    for found in re.finditer(r"\$(\w+)|\$\{(\w+)\}", text):
+        name = found[1] or found[2]
+        if name not in os.environ:
+            raise ValueError(f"environment variable {name} is not set")
+    return Path(os.path.expandvars(text)).expanduser()
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

@@ -41,46 +41,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-import compose
 import formats
-import models
 import weight_files
 from dcp_writer import MANIFEST, METADATA, NAME
 from formats import Json, MtlFile
-from schema import ViTOptions
-from weight_sources import Choice, Source, read_source
+from model_options import ViTOptions
+from weight_sources import Choice, Source, name_options, read_source
 
 EXIT_USER_ERROR = 2
 FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")
 GB = 10**9
 MAX_SHARD_GB = 5.0
-
-
-def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
-    """Return `source` with the options of a recipe, if it is a model of these names and shapes.
-
-    Raises:
-        ValueError: It has its own options, or a parameter differs.
-    """
-    if source.config:
-        raise ValueError(f"--config-name {config_name}: {source.origin} has options of its own")
-    config = compose.compose(config_name, overrides)
-    model = models.build_model(config, backend="torch", on_meta=True)
-    expected, weights = model.state_dict(), source.weights()
-    absent = formats.missing_top(weights) if isinstance(source.content, MtlFile) else []
-    problems = []
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            is_top = any(name.startswith(part) for part in absent)
-            problems += [] if is_top else [f"missing {name}"]
-        elif name not in expected:
-            problems.append(f"unexpected {name}")
-        elif expected[name].shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-            problems.append(f"{name} is {shapes}")
-    if problems:
-        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
-    return Source(weights, dataclasses.asdict(config), source.origin)
 
 
 def timm_call(config: Json, path: Path) -> str:

@@ -136,6 +136,11 @@ def has_experts(weights: Weights) -> bool:
     return any(".mlp.experts." in name for name in weights)
 
 
+def is_top(name: str) -> bool:
+    """Return whether a parameter of ours comes after the blocks, where M3ViT's encoder ends."""
+    return _TOP.fullmatch(name) is not None
+
+
 def missing_top(weights: Weights) -> list[str]:
     """Return which parts after the blocks are not in `weights`, as files of M3ViT lack them."""
     parts = {name.partition(".")[0] for name in weights}

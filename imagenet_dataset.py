@@ -1,119 +1,58 @@
-"""Turn a folder of images into batches, in an order that one integer resumes.
+"""Turn indexed images into batches, in an order that one integer resumes.
 
-    image_index.index_images -> ImageIndex
-    step -> step_positions -> position -> (epoch, image) -> load_image -> transform -> Batch
+    step -> positions -> (epoch, image, repeat) -> ImageReader -> transform -> Sample -> Batch
 
 Order and augmentation are pure functions of (seed, epoch, image), not of RNG state, worker or rank.
-Not here: collectives (rank and world arrive as values), mixup, the device.
+Not here: transforms, collectives (rank and world arrive as values), mixup, the device.
 """
 
+import dataclasses
 import os
-import struct
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode, functional
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from image_index import ImageIndex
+from augment import Transform, drawing_from
+from decoding import UnreadableError
+from image_reader import ImageReader, describe
 from seeds import stable_seed
 
-Size = tuple[int, int]  # height, width
-Rgb = tuple[float, float, float]
-Transform = Callable[[Image.Image], Tensor]
-Sample = tuple[Tensor, int, int]  # image_CHW, label, position
-
-MAX_IMAGE_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb
 NOT_COUNTED = -1  # label of an image that only fills up a validation batch
-# What Pillow raises on damaged files; SyntaxError is its word for a broken PNG chunk.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+REPLACEMENTS = 8  # tried for an image that cannot be read
+REPEATED_UNIT = 256  # an epoch of repeated augmentation is cut to a multiple of this many images
+
+
+class BadImage(NamedTuple):
+    """An image that cannot be used: its number in the index, and the line that says why."""
+
+    image: int
+    line: str
+
+
+class Sample(NamedTuple):
+    """An image at a position of the stream, and the bad ones that it was taken instead of."""
+
+    image_CHW: Tensor
+    label: int
+    position: int
+    bad: tuple[BadImage, ...] = ()
 
 
 class Batch(NamedTuple):
-    """One microbatch of one rank: float32 images, int64 labels and int64 stream positions."""
+    """One microbatch of one rank: images, int64 labels and int64 stream positions.
+
+    Images are uint8 as decoded, or float32 and normalised. Those in `bad` were replaced.
+    """
 
     image_BCHW: Tensor
     label_B: Tensor
     position_B: Tensor
-
-
-def decode_rgb(path: Path) -> Image.Image:
-    """Decode a JPEG or PNG of any mode to 8-bit RGB; alpha and EXIF rotation are ignored."""
-    with Image.open(path, formats=("JPEG", "PNG")) as image:
-        if image.width * image.height > MAX_IMAGE_PIXELS:  # known before a pixel is decoded
-            raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_IMAGE_PIXELS}")
-        if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, convert would clip
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
-
-
-def load_image(index: ImageIndex, image: int) -> Image.Image:
-    """Decode image number `image`; a ValueError names it and says why it cannot be read."""
-    path = index.root / index.paths[image]
-    try:
-        return decode_rgb(path)
-    except (*DAMAGED, Image.DecompressionBombError) as err:
-        size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-        where = f"dataset.{index.split}: image {image}, {path} ({size})"
-        raise ValueError(f"{where}: cannot be read: {err}") from err
-
-
-def train_transform(
-    *,
-    img_size: Size,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    hflip: float,
-    color_jitter: float,
-    interpolation: str,
-    mean: Rgb,
-    std: Rgb,
-) -> Transform:
-    """Crop at random to (height, width), flip, jitter and normalise; draws from torch's RNG."""
-    mode = InterpolationMode(interpolation)
-    steps: list[Callable] = [transforms.RandomResizedCrop(img_size, scale, ratio, mode)]
-    if hflip > 0:
-        steps.append(transforms.RandomHorizontalFlip(hflip))
-    if color_jitter > 0:
-        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
-    return transforms.Compose([*steps, _normaliser(mean, std)])
-
-
-def val_transform(
-    *, img_size: Size, crop_ratio: float, interpolation: str, mean: Rgb, std: Rgb
-) -> Transform:
-    """Resize to cover img_size / crop_ratio, cut (height, width) from the centre, normalise."""
-    mode = InterpolationMode(interpolation)
-    cover = (round(img_size[0] / crop_ratio), round(img_size[1] / crop_ratio))
-    resize = partial(_resize_to_cover, size=cover, mode=mode)
-    return transforms.Compose([resize, transforms.CenterCrop(img_size), _normaliser(mean, std)])
-
-
-def _resize_to_cover(image: Image.Image, *, size: Size, mode: InterpolationMode) -> Image.Image:
-    height = max(size[0], size[1] * image.height // image.width)
-    width = max(size[1], size[0] * image.width // image.height)
-    return functional.resize(image, [height, width], mode)  # the same size is returned untouched
-
-
-def _normaliser(mean: Rgb, std: Rgb) -> Transform:
-    # (x / 255 - mean) / std as one multiply and one add.
-    mean_C11, std_C11 = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
-    gain_C11, offset_C11 = 1 / (255 * std_C11), -mean_C11 / std_C11
-    return partial(_normalise, gain_C11=gain_C11.float(), offset_C11=offset_C11.float())
-
-
-def _normalise(image: Image.Image, *, gain_C11: Tensor, offset_C11: Tensor) -> Tensor:
-    image_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    image_CHW = image_CHW.to(torch.float32, memory_format=torch.contiguous_format)
-    return image_CHW.mul_(gain_C11).add_(offset_C11)
+    bad: tuple[BadImage, ...] = ()
 
 
 def epoch_permutation(num_images: int, *, seed: int, epoch: int) -> Tensor:
@@ -130,45 +69,133 @@ def step_positions(
     return range(first, first + batch)
 
 
-class TrainImages(Dataset):
-    """The endless training stream: position p is image permutation(p // n)[p % n], augmented."""
+class Place(NamedTuple):
+    """Where a position of the stream is: the epoch, the place in its order, the repeat."""
 
-    def __init__(self, index: ImageIndex, *, transform: Transform, seed: int) -> None:
-        self.index = index
+    epoch: int
+    place: int
+    repeat: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How positions of the endless stream follow the epochs' permutations of the images.
+
+    With one repeat the stream is one permutation after the other. Repeated augmentation takes each
+    image `repeats` times in a row, in an epoch of n // 256 * 256 positions for n images, less what
+    does not fill an update: so many images as without it, a third of them different.
+
+    DeiT deals that list out to its ranks in turn, so the repeats of an image are on different
+    ranks, mixed with different partners. Here it is dealt out in turn to the microbatches of an
+    update (`step_images` positions, `batch` a microbatch of one rank). That is the same where each
+    rank has one microbatch, and depends on no number of ranks: an update always has the same
+    images, and a microbatch too where a rank's batch stays as it is.
+
+    Source: arXiv:1902.05509, section 3.2; DeiT (arXiv:2012.12877), section 6, and its RASampler.
+    """
+
+    num_images: int
+    repeats: int = 1
+    batch: int = 1
+    step_images: int = 1
+
+    @property
+    def epoch_images(self) -> int:
+        """Positions of an epoch."""
+        if self.repeats == 1:
+            return self.num_images
+        return (
+            self.num_images // REPEATED_UNIT * REPEATED_UNIT // self.step_images * self.step_images
+        )
+
+    def __post_init__(self) -> None:
+        """Refuse repeats of fewer images than an update has."""
+        if self.epoch_images == 0:
+            raise ValueError(
+                f"config dataset.train.repeats={self.repeats}: an update of {self.step_images} "
+                f"images needs as many, in multiples of {REPEATED_UNIT}, and there are "
+                f"{self.num_images} (1: no repeats)"
+            )
+
+    def place(self, position: int) -> Place:
+        """Return where `position` is."""
+        epoch, within = divmod(position, self.epoch_images)
+        if self.repeats == 1:
+            return Place(epoch, within, 0)
+        step, slot = divmod(within, self.step_images)
+        group, turn = divmod(slot, self.batch)
+        dealt = step * self.step_images + turn * (self.step_images // self.batch) + group
+        return Place(epoch, *divmod(dealt, self.repeats))
+
+
+class TrainImages(Dataset):
+    """The endless training stream: a position is an image of an epoch's order, augmented.
+
+    An image that cannot be read is replaced by one that follows from its position alone, and
+    reported; whether that is allowed is decided in feed.py.
+    """
+
+    def __init__(
+        self, reader: ImageReader, *, transform: Transform, order: Order, seed: int
+    ) -> None:
+        self.reader = reader
         self.transform = transform
+        self.order = order
         self.seed = seed
         self._permutations: dict[int, Tensor] = {}
 
     def __getitem__(self, position: int) -> Sample:
         """Decode and augment one image; the caller's RNG state is left as it was."""
-        epoch, place = divmod(position, len(self.index.paths))
-        image = int(self._permutation(epoch)[place])
-        decoded = load_image(self.index, image)
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed: it also reseeds CUDA, and with it the dropout of the model.
-            torch.default_generator.manual_seed(stable_seed(self.seed, "augment", epoch, image))
-            return self.transform(decoded), self.index.labels[image], position
+        epoch, place, repeat = self.order.place(position)
+        first = int(self._permutation(epoch)[place])
+        repeats = (repeat,) if self.order.repeats > 1 else ()
+        index, bad = self.reader.index, []
+        for image in self._candidates(first, position):
+            seed = stable_seed(self.seed, "augment", epoch, image, *repeats)
+            try:
+                with drawing_from(seed):
+                    image_CHW = self.transform(self.reader(image))
+            except UnreadableError as error:
+                bad.append(BadImage(image, describe(index, image, str(error))))
+            else:
+                return Sample(image_CHW, index.labels[image], position, tuple(bad))
+        raise ValueError(bad[0].line)
+
+    def _candidates(self, first: int, position: int) -> Iterator[int]:
+        yield first
+        for attempt in range(REPLACEMENTS):
+            seed = stable_seed(self.seed, "replace", position, attempt)
+            yield seed % len(self.reader.index.paths)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
             latest = list(self._permutations.items())[-1:]  # a batch may span two epochs
-            order = epoch_permutation(len(self.index.paths), seed=self.seed, epoch=epoch)
+            count = len(self.reader.index.paths)
+            order = epoch_permutation(count, seed=self.seed, epoch=epoch)
             self._permutations = dict([*latest, (epoch, order)])
         return self._permutations[epoch]
 
 
 class ValImages(Dataset):
-    """Every image once, in index order; positions past the end repeat image 0, NOT_COUNTED."""
+    """Every image once, in index order; positions past the end repeat image 0, NOT_COUNTED.
 
-    def __init__(self, index: ImageIndex, *, transform: Transform) -> None:
-        self.index = index
+    An image that cannot be read is black, NOT_COUNTED and reported.
+    """
+
+    def __init__(self, reader: ImageReader, *, transform: Transform) -> None:
+        self.reader = reader
         self.transform = transform
 
     def __getitem__(self, position: int) -> Sample:
         """Decode one image."""
-        is_real = position < len(self.index.paths)
-        image_CHW = self.transform(load_image(self.index, position if is_real else 0))
-        return image_CHW, self.index.labels[position] if is_real else NOT_COUNTED, position
+        index = self.reader.index
+        image = position if position < len(index.paths) else 0
+        label = index.labels[image] if image == position else NOT_COUNTED
+        try:
+            return Sample(self.transform(self.reader(image)), label, position)
+        except UnreadableError as error:
+            bad = BadImage(image, describe(index, image, str(error)))
+        return Sample(self.transform(Image.new("RGB", (1, 1))), NOT_COUNTED, position, (bad,))
 
 
 class MicrobatchSampler(Sampler[list[int]]):
@@ -190,8 +217,18 @@ class MicrobatchSampler(Sampler[list[int]]):
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into one Batch."""
-    images, labels, positions = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(positions))
+    images, labels, positions, bad = zip(*samples, strict=True)
+    return Batch(_stack(images), torch.tensor(labels), torch.tensor(positions), sum(bad, ()))
+
+
+def _stack(images: tuple[Tensor, ...]) -> Tensor:
+    if get_worker_info() is None:
+        return torch.stack(images)
+    # Right into the memory that the main process will see: a worker's copy would be copied again.
+    first = images[0]
+    memory = first.untyped_storage()._new_shared(len(images) * first.nbytes, device="cpu")
+    image_BCHW = torch.empty(0, dtype=first.dtype).set_(memory)
+    return torch.stack(images, out=image_BCHW.view(len(images), *first.shape))
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -201,7 +238,12 @@ def _leave_process_group(_worker: int) -> None:
 
 
 def _loader(
-    dataset: Dataset, sampler: Sampler[list[int]], *, num_workers: int, pin_memory: bool
+    dataset: Dataset,
+    sampler: Sampler[list[int]],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    timeout_s: float,
 ) -> DataLoader:
     # The platform's start method is fine. Fork is: workers use Pillow and torch's CPU ops on one
     # thread (DataLoader sees to that), never CUDA, a collective or a lock of the main process.
@@ -212,6 +254,7 @@ def _loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=collate,
+        timeout=timeout_s if num_workers else 0,
         worker_init_fn=_leave_process_group,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # else each iterator draws from the model's RNG
@@ -219,9 +262,10 @@ def _loader(
 
 
 def train_loader(
-    index: ImageIndex,
+    reader: ImageReader,
     *,
     transform: Transform,
+    order: Order | None = None,
     batch_size: int,
     grad_accum_steps: int,
     start_step: int,
@@ -231,16 +275,23 @@ def train_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
+    timeout_s: float = 0.0,
 ) -> DataLoader:
-    """Yield one Batch per microbatch of this rank for steps start_step..num_steps-1, in order."""
+    """Yield one Batch per microbatch of this rank for steps start_step..num_steps-1, in order.
+
+    `order` is None for one permutation of the images after the other.
+    """
     numbers = range(start_step * grad_accum_steps, num_steps * grad_accum_steps)
     sampler = MicrobatchSampler(numbers, rank=rank, world=world, batch=batch_size)
-    dataset = TrainImages(index, transform=transform, seed=seed)
-    return _loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
+    order = order or Order(len(reader.index.paths))
+    dataset = TrainImages(reader, transform=transform, order=order, seed=seed)
+    return _loader(
+        dataset, sampler, num_workers=num_workers, pin_memory=pin_memory, timeout_s=timeout_s
+    )
 
 
 def val_loader(
-    index: ImageIndex,
+    reader: ImageReader,
     *,
     transform: Transform,
     batch_size: int,
@@ -248,9 +299,12 @@ def val_loader(
     world: int,
     num_workers: int,
     pin_memory: bool,
+    timeout_s: float = 0.0,
 ) -> DataLoader:
     """Yield images rank::world; padding gives every rank as many batches of the same sizes."""
-    per_rank = -(-len(index.paths) // world)
+    per_rank = -(-len(reader.index.paths) // world)
     sampler = BatchSampler(range(rank, per_rank * world, world), batch_size, drop_last=False)
-    dataset = ValImages(index, transform=transform)
-    return _loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
+    dataset = ValImages(reader, transform=transform)
+    return _loader(
+        dataset, sampler, num_workers=num_workers, pin_memory=pin_memory, timeout_s=timeout_s
+    )

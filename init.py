@@ -20,7 +20,8 @@ from seeds import stable_seed
 
 WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco")
 
-TOKEN_STD = {"cls_token": 1e-6, "reg_token": 1e-6, "pos_embed": 0.02}
+TOKEN_STD = {"cls_token": 1e-6, "reg_token": 1e-6, "pos_embed": 0.02, "dist_token": 0.02}
+HEADS = ("head.", "head_dist.")
 TRUNCATED_STD = 0.87962566103423978  # std of N(0, 1) cut at 2 sigma
 
 
@@ -97,7 +98,7 @@ def _patch_projection(name: str, weight: Tensor, *, is_jax: bool, rng: torch.Gen
 def _linear_weight(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generator) -> Tensor:
     if scheme.weight_init == "":
         return normal(shape, 0.02, rng=rng)
-    if scheme.weight_init.startswith("jax") and name.startswith("head."):
+    if scheme.weight_init.startswith("jax") and name.startswith(HEADS):
         return _constant(shape, 0)
     is_split = scheme.weight_init == "moco" and name.endswith(".qkv.weight")
     return xavier_uniform(shape, rng=rng, num_stacked=3 if is_split else 1)
@@ -106,7 +107,7 @@ def _linear_weight(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.G
 def _linear_bias(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generator) -> Tensor:
     if not scheme.weight_init.startswith("jax"):
         return _constant(shape, 0)
-    if name.startswith("head."):
+    if name.startswith(HEADS):
         is_nlhb = scheme.weight_init == "jax_nlhb"
         return _constant(shape, -math.log(scheme.num_classes) if is_nlhb else 0)
     return normal(shape, 1e-6, rng=rng) if ".mlp." in name else _constant(shape, 0)
@@ -125,14 +126,14 @@ def initial_value(name: str, module: nn.Module, *, local_name: str, scheme: Sche
     | parameter                  | weight_init ""       | jax, jax_nlhb            | moco         |
     |----------------------------|----------------------|--------------------------|--------------|
     | cls_token, reg_token       | N(0, 1e-6^2)         | same                     | same         |
-    | pos_embed                  | N(0, 0.02^2)         | same                     | same         |
+    | pos_embed, dist_token      | N(0, 0.02^2)         | same                     | same         |
     | patch_embed.proj.weight    | U(+-fan_in^-1/2)     | LeCun normal, cut 2 sigma| as ""        |
     | patch_embed.proj.bias      | U(+-fan_in^-1/2)     | 0                        | as ""        |
     | *norm*.weight, .bias       | 1, 0                 | same                     | same         |
     | *.gamma (layer scale)      | init_values          | same                     | same         |
     | attn_pool.latent           | D^-1/2, cut 2 sigma  | same                     | same         |
-    | head.weight                | N(0, 0.02^2)         | 0                        | Xavier       |
-    | head.bias                  | 0                    | 0; nlhb: -log(classes)   | 0            |
+    | head.weight, head_dist     | N(0, 0.02^2)         | 0                        | Xavier       |
+    | head.bias, head_dist       | 0                    | 0; nlhb: -log(classes)   | 0            |
     | other linear weights       | N(0, 0.02^2)         | Xavier uniform           | Xavier; q, k |
     |                            |                      |                          | and v apart  |
     | other linear biases        | 0                    | N(0, 1e-6^2) in an mlp,  | 0            |

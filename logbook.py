@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
 import json
+import os
 import platform
+import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -80,6 +83,20 @@ def start_wandb(
         config=dict(options),
     )
     return run
+
+
+def say(text: str) -> None:
+    """Print `text` beside the progress bar; that nobody reads it any more does not end a run."""
+    if sys.stdout is None:
+        return
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered, and the interpreter's last flush, must not fail either.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Logbook:
@@ -159,4 +176,9 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
         table.add_row(name, value)
     # Borders and padding of two columns take 7 characters.
     width = 7 + max(map(len, rows)) + max(map(len, rows.values()))
-    Console(width=width, soft_wrap=True).print(table)
+    # Not straight to stdout: rich ends the process if nobody reads it. The encoding is stdout's,
+    # since it decides whether lines are drawn in ASCII.
+    text = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
+    Console(file=text, width=width, soft_wrap=True).print(table)
+    text.seek(0)
+    say(text.read().rstrip("\n"))

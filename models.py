@@ -17,8 +17,9 @@ import kernels
 import layers
 import moe
 from balance import Coefficients
+from model_options import ViTOptions
 from routers import Router
-from schema import Config, ViTOptions
+from schema import Config
 from vit import VisionTransformer
 from vit_options import VitOptions
 

@@ -13,18 +13,22 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from lamb import Lamb, SumOverRanks
+
 # Parameters that are positions or tokens, not linear maps; matched by the last part of the name.
 NO_DECAY_NAMES = ("cls_token", "reg_token", "pos_embed", "dist_token")
 BIAS_NAMES = ("bias", "b_in", "b_out")  # experts' biases are 2-D, one row per expert
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "lamb")
+STEM_NAMES = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed", "norm_pre")
 
 
 class ParameterGroup(TypedDict):
-    """One optimizer group; `lr` is set before every step."""
+    """One optimizer group; `lr` is set before every step, to `lr_scale` of the run's."""
 
     params: list[nn.Parameter]
     weight_decay: float
     lr: float
+    lr_scale: float
 
 
 def has_decay(name: str, num_dims: int) -> bool:
@@ -36,18 +40,43 @@ def has_decay(name: str, num_dims: int) -> bool:
     return num_dims > 1 and last not in (*BIAS_NAMES, *NO_DECAY_NAMES)
 
 
+def layer_of(name: str, depth: int) -> int:
+    """Return the layer of a parameter: 0 the stem, 1..depth the blocks, depth + 1 the head.
+
+    The final norm belongs to the last block, unless it comes after the pool.
+    Source: `VisionTransformer.group_matcher` of timm.
+    """
+    first, _, rest = name.partition(".")
+    if first in STEM_NAMES:
+        return 0
+    if first == "blocks":
+        return 1 + int(rest.partition(".")[0])
+    return depth if first == "norm" else depth + 1
+
+
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    depth: int = 0,
 ) -> list[ParameterGroup]:
-    """Split trainable parameters into a group with and one without weight decay."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """Split trainable parameters into groups of one weight decay and one scale of the lr.
+
+    With `layer_decay` each layer of a network of `depth` blocks has that share of the learning
+    rate of the layer above it; see `layer_of`. Source: BEiT (arXiv:2106.08254), appendix H.
+    """
+    groups: dict[tuple[bool, float], ParameterGroup] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            (decayed if has_decay(name, parameter.ndim) else others).append(parameter)
-    with_decay = ParameterGroup(params=decayed, weight_decay=weight_decay, lr=0.0)
-    without = ParameterGroup(params=others, weight_decay=0.0, lr=0.0)
-    return [group for group in (with_decay, without) if group["params"]]
+            is_decayed = has_decay(name, parameter.ndim)
+            below = 0 if layer_decay is None else depth + 1 - layer_of(name, depth)
+            scale = 1.0 if layer_decay is None else layer_decay**below
+            group = ParameterGroup(
+                params=[], weight_decay=weight_decay if is_decayed else 0.0, lr=0.0, lr_scale=scale
+            )
+            groups.setdefault((not is_decayed, scale), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizer(
@@ -57,8 +86,13 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     momentum: float,
+    num_copies: dict[nn.Parameter, int] | None = None,
+    sum_over_ranks: SumOverRanks = lambda value: value,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer `name` over `groups`, in PyTorch's fused form.
+    """Return the optimizer `name` over `groups`, AdamW and SGD in PyTorch's fused form.
+
+    LAMB needs to know how many ranks hold each element of a parameter, and how to sum over ranks;
+    without that the parameters are whole tensors of a single process.
 
     Raises:
         ValueError: `name` is not one of OPTIMIZERS.
@@ -68,26 +102,54 @@ def build_optimizer(
         return torch.optim.AdamW(settings, lr=0.0, betas=betas, eps=eps, fused=True)
     if name == "sgd":
         return torch.optim.SGD(settings, lr=0.0, momentum=momentum, fused=True)
+    if name == "lamb":
+        copies = num_copies or {p: 1 for group in groups for p in group["params"]}
+        return Lamb(
+            settings, betas=betas, eps=eps, num_copies=copies, sum_over_ranks=sum_over_ranks
+        )
     raise ValueError(f"config optimizer.name={name}: must be one of {', '.join(OPTIMIZERS)}")
 
 
-def lr_at(step: int, *, peak: float, final: float, warmup_steps: int, num_steps: int) -> float:
+def lr_at(
+    step: int,
+    *,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    num_steps: int,
+    warmup_lr: float | None = None,
+    is_cosine_after_warmup: bool = True,
+) -> float:
     """Return the learning rate of update `step` (from 0): linear warm-up, then a cosine.
 
-    The first update already learns (peak / warmup_steps), update `warmup_steps` has the peak, and
-    the last one is one cosine step above `final`, which update `num_steps` would reach.
-    Source: SGDR (arXiv:1608.03983), equation 5, one period.
+    Update `warmup_steps` has the peak, and the last one is one cosine step above `final`, which
+    update `num_steps` would reach. The warm-up begins at `warmup_lr`; without one the first update
+    already learns (peak / warmup_steps). A cosine that is not after the warm-up began at update 0,
+    as if there were none, and is below the peak where the warm-up ends.
+    Source: SGDR (arXiv:1608.03983), equation 5, one period; timm's `CosineLRScheduler`.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+        if warmup_lr is None:
+            return peak * (step + 1) / warmup_steps
+        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
+    start = warmup_steps if is_cosine_after_warmup else 0
+    progress = (step - start) / max(1, num_steps - start)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def step_of_epoch(step: int, *, epoch_steps: int) -> int:
+    """Return the update whose learning rate a schedule by epochs gives to update `step`.
+
+    It is set after an epoch to that epoch's, counted from 0: so that epochs 0 and 1 have the same.
+    Source: the training loop of DeiT, and of Deep Incubation.
+    """
+    return max(0, step // epoch_steps - 1) * epoch_steps
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the learning rate `lr`."""
+    """Give every group its share of the learning rate `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 class Ema:

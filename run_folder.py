@@ -60,9 +60,9 @@ def _try_lock(folder: Path) -> int:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise BlockingIOError(f"folder {folder}: in use by {holder} ({path})") from error
-        except OSError:
+        except OSError as error:
             os.close(descriptor)
-            raise
+            raise OSError(f"folder {folder}: cannot be locked ({path}): {error}") from error
         os.close(descriptor)
 
 

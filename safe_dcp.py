@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import stat
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -46,6 +47,7 @@ _BROKEN = (
     UnicodeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
 )
 _ROOT_UID = 0
 

@@ -1,142 +1,17 @@
 """Every option of a run: its type, default, range and meaning.
 
-The dataclasses are the only place for defaults; YAML files hold differences (compose.py reads
-them). Below train.py nobody sees a config object: functions take values.
+The dataclasses, here and in model_options.py, are the only place for defaults; YAML files hold
+differences (compose.py reads them). Below train.py nobody sees a config object: functions take
+values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-
-
-def option(
-    default: T,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str | int | None, ...] | None = None,
-) -> T:
-    """Declare an option: `low <= value <= high`, or one of `choices`; None passes the range."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
-    if isinstance(default, list):
-        kept = list(default)
-        return dataclasses.field(default_factory=lambda: list(kept), metadata=metadata)  # type: ignore[return-value]
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def section(kind: type[T]) -> T:
-    """Declare a nested group of options."""
-    return dataclasses.field(default_factory=kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTOptions:
-    """The network, with timm's names: the keyword arguments of `vit.VisionTransformer`."""
-
-    img_size: Any = option(224, "pixels per side, or [height, width]")
-    patch_size: Any = option(16, "pixels per patch side, or [height, width]")
-    in_chans: int = option(3, "image channels; the loader makes RGB", low=3, high=3)
-    num_classes: int = option(1000, "classes of the head", low=1)
-    global_pool: str = option("token", "what the head sees: class token, mean, attention pool")
-    embed_dim: int = option(768, "width D", low=1)
-    depth: int = option(12, "blocks", low=1)
-    num_heads: int = option(12, "attention heads A", low=1)
-    mlp_ratio: float = option(4.0, "hidden width of the FFN over D", low=0.01)
-    qkv_bias: bool = option(True, "bias of the qkv projection")
-    qk_norm: bool = option(False, "LayerNorm on queries and keys of each head")
-    scale_attn_norm: bool = option(False, "LayerNorm before the attention output projection")
-    scale_mlp_norm: bool = option(False, "LayerNorm inside the FFN, before its second matrix")
-    proj_bias: bool = option(True, "biases of the attention output, the FFN and the experts")
-    init_values: float | None = option(None, "initial LayerScale; null: no LayerScale", low=0)
-    class_token: bool = option(True, "prepend a class token")
-    pos_embed: str = option("learn", "position embedding", choices=("learn", "none"))
-    no_embed_class: bool = option(False, "no position embedding for class and register tokens")
-    reg_tokens: int = option(0, "register tokens (arXiv:2309.16588)", low=0)
-    pre_norm: bool = option(False, "LayerNorm before the blocks (CLIP)")
-    final_norm: bool = option(True, "LayerNorm after the blocks")
-    fc_norm: bool | None = option(None, "LayerNorm after pooling; null: exactly when pooling means")
-    dynamic_img_size: bool = option(False, "accept any image size, position embedding resized")
-    dynamic_img_pad: bool = option(False, "pad images to a multiple of the patch size")
-    drop_rate: float = option(0.0, "dropout before the head", low=0, high=1)
-    pos_drop_rate: float = option(0.0, "dropout after the position embedding", low=0, high=1)
-    patch_drop_rate: float = option(0.0, "share of patches dropped in training", low=0, high=1)
-    proj_drop_rate: float = option(
-        0.0, "dropout after projections; in experts after the last", low=0, high=1
-    )
-    attn_drop_rate: float = option(0.0, "dropout on attention weights", low=0, high=1)
-    drop_path_rate: float = option(0.0, "stochastic depth of the last block", low=0, high=1)
-    weight_init: str = option(
-        "", "initialisation scheme of timm", choices=("", "jax", "jax_nlhb", "moco")
-    )
-    fix_init: bool = option(False, "scale residual projections by 1 / sqrt(2 (block + 1))")
-    grad_checkpointing: bool = option(False, "recompute blocks in the backward pass")
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEOptions:
-    """Mixture-of-experts feed-forwards in place of some blocks' dense ones."""
-
-    num_experts: int = option(0, "experts E of a layer, over all ranks; 0: a dense model", low=0)
-    top_k: int = option(2, "experts per token k", low=1)
-    every_n: int | None = option(2, "each n-th block has experts (the last of each n)", low=1)
-    last_n: int | None = option(None, "the last n blocks have experts, instead of every_n", low=1)
-    blocks: list[int] | None = option(None, "these blocks have experts, instead of every_n", low=0)
-    mlp_ratio: float = option(4.0, "hidden width F of an expert over D", low=0.01)
-    shared_ratio: float = option(0.0, "hidden width of a dense expert beside them, over D", low=0)
-    activation: str = option(
-        "gelu", "in the experts", choices=("gelu", "relu", "silu", "swiglu", "geglu")
-    )
-    router: str = option(
-        "softmax",
-        "how scores become weights",
-        choices=("softmax", "sigmoid", "noisy", "noisy_topk"),
-    )
-    normalize: bool | None = option(
-        None, "a token's k weights sum to 1; null: as the router has it"
-    )
-    noise_std: float = option(0.0, "router noisy: std of the noise on logits, times E", low=0)
-    jitter: float = option(0.0, "router input times U(1 - jitter, 1 + jitter) in training", low=0)
-    expert_drop: float = option(
-        0.0, "probability that an expert is closed to a token, in training", low=0, high=1
-    )
-    capacity_factor: float | None = option(
-        None, "limit of an expert's rows, over an even share; null: none is dropped", low=0.01
-    )
-    forced_balance: bool = option(False, "spread tokens evenly whatever the scores; for benchmarks")
-    importance_coef: float = option(0.0, "weight of CV^2 of the experts' summed weights", low=0)
-    load_coef: float = option(0.0, "weight of CV^2 of the experts' expected rows", low=0)
-    switch_coef: float = option(0.01, "weight of E sum f P over the batch", low=0)
-    sequence_coef: float = option(0.0, "weight of E sum f P per image", low=0)
-    z_coef: float = option(0.0, "weight of the squared logsumexp of the logits", low=0)
-    kernels: str = option(
-        "auto", "auto: triton on CUDA, torch on CPU", choices=("auto", "torch", "triton")
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """The model and how it computes."""
-
-    vit: ViTOptions = section(ViTOptions)
-    moe: MoEOptions = section(MoEOptions)
-    backend: str = option(
-        "auto",
-        "auto takes te on CUDA where it imports, and logs it",
-        choices=("auto", "torch", "te"),
-    )
-    te_fp8: str | None = option(
-        None, "fp8 scaling of backend te", choices=(None, "delayed", "current")
-    )
-    dtype: str = option(
-        "auto",
-        "compute dtype, auto: bf16 on CUDA, fp32 on CPU; main weights are fp32",
-        choices=("auto", "fp32", "bf16"),
-    )
+from model_options import ModelOptions, option, section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +19,38 @@ class TrainDataOptions:
     """The training images and their augmentation."""
 
     root: str = option("data/tiny-imagenet-5", "dataset folder, or its train folder")
+    images: int | None = option(None, "how many there must be; null: any", low=1)
     batch_size: int = option(64, "images per rank and microbatch", low=1)
     crop_scale: list[float] = option([0.08, 1.0], "area range of RandomResizedCrop", low=0, high=1)
     crop_ratio: list[float] = option([0.75, 4 / 3], "aspect range of RandomResizedCrop", low=0.01)
+    scaled_decode: bool = option(
+        False, "decode JPEGs at 1/2, 1/4 or 1/8 where the crop has the pixels to spare"
+    )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    crop: str = option(
+        "rrc",
+        "rrc: RandomResizedCrop; src: all of it resized, then shifted by 4 pixels at most",
+        choices=("rrc", "src"),
+    )
+    interpolation: str | None = option(
+        None,
+        "resampling filter; random: bilinear or bicubic; null: dataset.interpolation",
+        choices=(None, "random", "bilinear", "bicubic", "nearest", "lanczos"),
+    )
+    auto_augment: str | None = option(
+        None, "policy of timm, as rand-m9-mstd0.5-inc1; 3aug: that of DeiT III; null: none"
+    )
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation", low=0)
+    reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
+    remode: str = option(
+        "pixel",
+        "erased with noise per pixel, one random color, or the mean",
+        choices=("pixel", "rand", "const"),
+    )
+    recount: int = option(1, "boxes at most that are erased", low=1)
+    repeats: int = option(
+        1, "augmentations in a row of each image (DeiT: 3), in epochs as long", low=1
+    )
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
     cutmix: float = option(0.0, "alpha of CutMix; 0: off", low=0)
     mixup_prob: float = option(1.0, "probability of mixing at all", low=0, high=1)
@@ -163,6 +65,7 @@ class ValDataOptions:
     """The validation images."""
 
     root: str | None = option(None, "dataset folder, or its val folder; null: the training root")
+    images: int | None = option(None, "how many there must be; null: any", low=1)
     batch_size: int = option(64, "images per rank", low=1)
     img_size: Any = option(
         None, "pixels per side; needs model.vit.dynamic_img_size; null: as trained"
@@ -174,10 +77,29 @@ class ValDataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetOptions:
-    """Images in; see imagenet_dataset.py for the folder layouts."""
+    """Images in; docs/data.md has the layouts."""
 
     train: TrainDataOptions = section(TrainDataOptions)
     val: ValDataOptions = section(ValDataOptions)
+    path_env: str | None = option(
+        None, "YAML file whose dataset_roots name folders, instead of dataset.train.root"
+    )
+    name: str | None = option(None, "which of them")
+    index_folder: str | None = option(
+        None, "where the index is kept; null: beside the images, else ~/.cache/moevit"
+    )
+    class_filter: list[str] = option([], "train and validate on these classes only; []: all")
+    subset: float = option(1.0, "share of each class's training images", low=1e-6, high=1)
+    decoder: str = option(
+        "auto",
+        "of JPEGs, with equal pixels; auto: simplejpeg where installed, and logs it",
+        choices=("auto", "pillow", "simplejpeg"),
+    )
+    on_error: str = option(
+        "stop", "what an unreadable image does; skip: another one", choices=("stop", "skip")
+    )
+    max_bad: int = option(128, "most images skipped, over all ranks and each counted once", low=0)
+    timeout_s: float = option(300.0, "seconds before a stuck loader process stops the run", low=1)
     num_workers: int = option(2, "loader processes per rank; 0 decodes in the main process", low=0)
     interpolation: str = option(
         "bicubic", "resampling filter", choices=("bilinear", "bicubic", "nearest", "lanczos")
@@ -219,13 +141,30 @@ class FSDPOptions:
 class OptimizerOptions:
     """Optimizer and learning rate: linear warm-up, then a cosine to min_lr."""
 
-    name: str = option("adamw", "optimizer", choices=("adamw", "sgd"))
+    name: str = option("adamw", "optimizer", choices=("adamw", "sgd", "lamb"))
     lr: float = option(1e-3, "peak learning rate", low=0)
+    base_batch: int | None = option(
+        None, "images per update that lr is for, scaled to the run's; null: any number", low=1
+    )
     min_lr: float = option(1e-5, "learning rate at the end", low=0)
     warmup_steps: int = option(0, "updates of linear warm-up", low=0)
+    warmup_lr: float | None = option(
+        None, "learning rate of the first update; null: lr / warmup_steps", low=0
+    )
+    warmup_prefix: bool = option(
+        True, "the cosine begins after the warm-up; false: with the run, as in DeiT"
+    )
+    schedule_per_epoch: bool = option(
+        False, "set the learning rate after each epoch only, to that epoch's, as DeiT does"
+    )
+    layer_decay: float | None = option(
+        None, "a layer's learning rate over that of the layer above; null: 1", low=1e-6, high=1
+    )
     weight_decay: float = option(0.05, "not on norms, biases, tokens, position embeddings", low=0)
-    betas: list[float] = option([0.9, 0.999], "AdamW's averaging factors", low=0, high=0.99999)
-    eps: float = option(1e-8, "AdamW's epsilon", low=0)
+    betas: list[float] = option(
+        [0.9, 0.999], "averaging factors of AdamW and LAMB", low=0, high=0.99999
+    )
+    eps: float = option(1e-8, "epsilon of AdamW and LAMB", low=0)
     momentum: float = option(0.9, "SGD's momentum", low=0, high=1)
     clip_norm: float | None = option(1.0, "gradient norm limit; null: no clipping", low=1e-12)
 
@@ -262,6 +201,16 @@ class TrainingOptions:
     val_interval: int = option(50, "updates between validations; the last is always one", low=1)
     log_interval: int = option(10, "updates between log lines", low=1)
     grad_accum_steps: int = option(1, "microbatches per update, communicated once", low=1)
+    update_freq: int | None = option(
+        None, "another name of grad_accum_steps; null: not used", low=1
+    )
+    loss: str = option(
+        "ce", "cross-entropy, or binary cross-entropy of each class", choices=("ce", "bce")
+    )
+    bce_threshold: float | None = option(
+        None, "targets above are 1, others 0 (DeiT III: 0); null: as they are", low=0, high=0.999
+    )
+    bce_sum: bool = option(False, "sum over classes (timm's option), not their mean")
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=1)
     ema_decay: float | None = option(
         None, "per update, of an average of the weights, validated too; null: none", low=0, high=1
@@ -276,6 +225,47 @@ class TrainingOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitOptions:
+    """What a run that does not resume begins with; formulas in docs/init.md."""
+
+    mode: str = option(
+        "auto",
+        "where weights come from; auto: checkpoint null: scratch; a dense one for a model with "
+        "experts: deit_upcycling; else deit_warm_start",
+        choices=("auto", "scratch", "deit_warm_start", "deit_upcycling"),
+    )
+    checkpoint: str | None = option(
+        None, "file (torch, safetensors), checkpoint or run folder, or a model name of timm"
+    )
+    experts: str | None = option(
+        None,
+        "in place of dense MLPs; null: random in deit_warm_start, copy or split in deit_upcycling",
+        choices=(None, "random", "copy", "split"),
+    )
+    gate: str = option(
+        "random",
+        "of copied or split experts; virtual_group: equal rows for the parts of one MLP",
+        choices=("random", "virtual_group"),
+    )
+    gate_std: float | None = option(
+        None, "std of the values of that gate; null: 0.02, as from scratch", low=1e-12
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions:
+    """Learning from a trained network besides the labels; formulas in distillation.py."""
+
+    kind: str = option("none", "what is learned from", choices=("none", "soft", "hard"))
+    teacher: str | None = option(None, "model name of timm, or a run folder or checkpoint of ours")
+    teacher_checkpoint: str | None = option(
+        None, "file with the weights of timm's model; null: those that timm downloads"
+    )
+    alpha: float = option(0.5, "weight of the teacher's part of the loss", low=0, high=1)
+    tau: float = option(1.0, "temperature of soft distillation", low=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All options of a run."""
 
@@ -285,6 +275,8 @@ class Config:
     fsdp: FSDPOptions = section(FSDPOptions)
     optimizer: OptimizerOptions = section(OptimizerOptions)
     training: TrainingOptions = section(TrainingOptions)
+    init: InitOptions = section(InitOptions)
+    distillation: DistillationOptions = section(DistillationOptions)
     device: str = option("auto", "auto is CUDA where present", choices=("auto", "cpu", "cuda"))
 
 

@@ -390,4 +390,6 @@ def load_full(shards: list[Shard], tensors: Mapping[str, Tensor]) -> None:
 
 def install_weights(model: MegatronFSDP) -> None:
     """Make the forward use the main weights after they were written to from outside."""
+    # What an evaluation gathered outside of the blocks would be used again as it was.
+    model.synchronize_param_gather()
     model.install_optimized_model_weights()

@@ -49,14 +49,21 @@ def combine(
     Numerics: sums in fp32 or wider. Adds rows where they stand: a third of the time of a sum that
     copies them choice by choice, on CPU.
     """
-    position_Tk, wide = inverse_R.view(-1, num_choices), _sum_dtype(y_RD)
+    wide, is_kept_Tk = _sum_dtype(y_RD), inverse_R.view(-1, num_choices) >= 0
     if y_RD.shape[0] == 0:
-        return y_RD.new_zeros((len(position_Tk), y_RD.shape[1]))
-    scale_Tk = (position_Tk >= 0).to(wide)
+        return y_RD.new_zeros((len(is_kept_Tk), y_RD.shape[1]))
+    # Left out and not multiplied by zero, which would let a NaN of another token through.
+    flat_R = torch.nonzero(is_kept_Tk.view(-1))[:, 0]
+    count_T = is_kept_Tk.sum(1)
+    scale_R = y_RD.new_ones(len(flat_R), dtype=wide)
     if weight_Tk is not None:
-        scale_Tk.mul_(weight_Tk)
+        scale_R = weight_Tk.reshape(-1).index_select(0, flat_R).to(wide)
     sum_TD = functional.embedding_bag(
-        position_Tk.clamp(min=0), y_RD.to(wide), per_sample_weights=scale_Tk, mode="sum"
+        inverse_R.index_select(0, flat_R).long(),
+        y_RD.to(wide),
+        offsets=count_T.cumsum(0) - count_T,
+        per_sample_weights=scale_R,
+        mode="sum",
     )
     return sum_TD.to(y_RD.dtype)
 

@@ -26,15 +26,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  # the name that everyone uses
 
 import assemble
 import compose
+import distillation
 import distributed
 import expert_load
 import layers
 import moe
 import optim
+import pretrained
 import run_folder
 import scoring
 import sharding
@@ -73,15 +74,6 @@ class Meter:
         return cls(zeros[0], zeros[1], zeros[2], ExpertLoad(), time.perf_counter())
 
 
-def smoothed_loss(logits_BY: Tensor, target: Tensor, *, smoothing: float) -> Tensor:
-    """Return the mean cross-entropy in fp32 against labels or against target_BY.
-
-    Labels are smoothed (arXiv:1512.00567, sec. 7); mixed targets are already.
-    """
-    is_mixed = target.ndim > 1
-    return F.cross_entropy(logits_BY.float(), target, label_smoothing=0 if is_mixed else smoothing)
-
-
 def to_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the images in the compute dtype and the labels, or target_BY if they are mixed."""
     image_BCHW = batch.image_BCHW.to(run.world.device, non_blocking=True)
@@ -95,10 +87,7 @@ def to_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -> None:
     """Make optimizer update number `step` (from 0) and add its figures to `meter`."""
     o, t = run.config.optimizer, run.config.training
-    lr = optim.lr_at(
-        step, peak=o.lr, final=o.min_lr, warmup_steps=o.warmup_steps, num_steps=t.steps
-    )
-    optim.set_lr(run.optimizer, lr)
+    optim.set_lr(run.optimizer, run.lr_at(step))
     run.optimizer.zero_grad()
     # Sharding sums gradients over ranks, so the mean over the global batch is taken here.
     share = 1 / (t.grad_accum_steps * run.world.size)
@@ -111,7 +100,7 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
         with sharding.microbatch(run.model, is_last=number == t.grad_accum_steps - 1):
             with layers.fp8_context(run.config.model.te_fp8):
                 logits_BY = run.model(image_BCHW)
-            loss = smoothed_loss(logits_BY, target, smoothing=t.label_smoothing) * share
+            loss = run.criterion(logits_BY, target, image_BCHW) * share
             balance = moe.balance_loss(run.model) * share
             (loss + balance).backward()
         meter.loss += loss.detach()
@@ -141,7 +130,7 @@ def validate(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
 
     sums_Y4 = scoring.score(
         run.model,
-        assemble.val_batches(run),
+        assemble.val_batches(run.config, run.val_index, run.world),
         device=run.world.device,
         dtype=run.dtype,
         after_batch=after_batch,
@@ -190,7 +179,7 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
     figures = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": max(group["lr"] for group in run.optimizer.param_groups),  # of the top layer
         "images_per_s": images_per_s,
         "step_ms": 1000 * train_s / meter.steps,
         "data_ms": 1000 * meter.data_s / meter.steps,
@@ -297,13 +286,17 @@ def train(config: Config, world: World) -> None:
     distributed.require_equal("config", compose.to_yaml(config))
     with StopSignals() as stop:
         run, choices = assemble.prepare(config, world)
+        run = distillation.with_teacher(run)
         with run_folder.locked(run.folder):
             start = resume(run)
+            beginning = pretrained.begin(run) if start.found is None else None
             open_folder(run)
             logbook = open_logbook(run, start)
             try:
-                logbook.event("run", **choices)
+                begun = "resumed" if beginning is None else beginning.mode
+                logbook.event("run", **choices, init=begun)
                 note_start(logbook, start)
+                pretrained.note(run, logbook, beginning)
                 run_all(run, logbook, start=start, stop=stop)
             finally:
                 logbook.close()

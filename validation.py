@@ -6,11 +6,20 @@ model can know (image size and patch size, widths and heads) the model checks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from schema import Config, MoEOptions, TrainDataOptions, walk
+from model_options import MoEOptions
+from schema import Config, TrainDataOptions, walk
+
+# The policies that timm reads; it leaves out what it does not understand without a word.
+_RAND = r"rand(-(m|n|inc|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*"
+_AUGMIX = r"augmix(-(m|w|d|b)\d+|-(mstd|a)\d+(\.\d+)?)*"
+_POLICY = r"(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)?"
+AUTO_AUGMENT = re.compile(f"{_RAND}|{_AUGMIX}|{_POLICY}|3aug")
 
 
 def _check_value(name: str, value: object, *, metadata: Mapping[str, Any]) -> None:
@@ -66,12 +75,30 @@ def _refuse_changed(values: object, names: tuple[str, ...], *, prefix: str, why:
 def _check_unused(config: Config) -> None:
     """Refuse options of things that are not in use."""
     optimizer, wandb = config.optimizer, config.training.wandb
-    unused = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[optimizer.name]
+    unused = {"adamw": ("momentum",), "sgd": ("betas", "eps"), "lamb": ("momentum",)}[
+        optimizer.name
+    ]
     why = f"optimizer.name={optimizer.name}"
     _refuse_changed(optimizer, unused, prefix="optimizer", why=why)
     if wandb.project is None:
         why = "training.wandb.project=null"
         _refuse_changed(wandb, ("mode",), prefix="training.wandb", why=why)
+
+
+def _check_dataset(config: Config) -> None:
+    """Refuse ways to find and read images that lack something or do nothing."""
+    data = config.dataset
+    if data.path_env is None:
+        _refuse_changed(data, ("name",), prefix="dataset", why="dataset.path_env=null")
+    else:
+        why = f"dataset.path_env={data.path_env}"
+        _refuse_changed(data.train, ("root",), prefix="dataset.train", why=why)
+        if data.name is None:
+            raise ValueError(f"config dataset.name=null: must be a name in {data.path_env}")
+    if data.on_error == "stop":
+        _refuse_changed(data, ("max_bad",), prefix="dataset", why="dataset.on_error=stop")
+    if data.num_workers == 0:
+        _refuse_changed(data, ("timeout_s",), prefix="dataset", why="dataset.num_workers=0")
 
 
 def _check_val_size(config: Config) -> None:
@@ -105,15 +132,106 @@ def _check_no_effect(config: Config) -> None:
             f"fsdp.zero_dp_strategy=3 (are {config.distributed.dp_outer} and "
             f"{fsdp.zero_dp_strategy})"
         )
-    if optimizer.min_lr > optimizer.lr:
-        raise ValueError(
-            f"config optimizer.min_lr={optimizer.min_lr}: must be at most lr={optimizer.lr}"
-        )
     if optimizer.warmup_steps > config.training.steps:
         raise ValueError(
             f"config optimizer.warmup_steps={optimizer.warmup_steps}: must be at most "
             f"training.steps={config.training.steps}"
         )
+
+
+def peak_lr(config: Config, global_batch: int) -> float:
+    """Return the peak learning rate of a run with `global_batch` images per update.
+
+    Raises:
+        ValueError: Another learning rate is above it.
+    """
+    o = config.optimizer
+    peak = o.lr if o.base_batch is None else o.lr * global_batch / o.base_batch
+    scaled = "" if o.base_batch is None else f" x {global_batch} images / base_batch={o.base_batch}"
+    for name in ("min_lr", "warmup_lr"):
+        value = getattr(o, name)
+        if value is not None and value > peak:
+            raise ValueError(f"config optimizer.{name}={value}: must be at most lr={o.lr}{scaled}")
+    return peak
+
+
+def _check_schedule(config: Config) -> None:
+    o = config.optimizer
+    if o.base_batch is None:
+        peak_lr(config, 1)
+    if o.warmup_steps == 0:
+        names = ("warmup_lr", "warmup_prefix")
+        _refuse_changed(o, names, prefix="optimizer", why="optimizer.warmup_steps=0")
+    if o.layer_decay == 1:
+        raise ValueError("config optimizer.layer_decay=1.0: has no effect (null is the same)")
+
+
+def _check_augmentation(config: Config) -> None:
+    train = config.dataset.train
+    policy = train.auto_augment
+    if policy is not None and not AUTO_AUGMENT.fullmatch(policy):
+        raise ValueError(
+            f"config dataset.train.auto_augment={policy}: must be as rand-m9-n2-mstd0.5-inc1, "
+            "augmix-m3-w3, original-mstd0.5, v0 or 3aug, in timm's notation"
+        )
+    if policy is not None and "3a" not in policy and train.color_jitter:
+        raise ValueError(
+            f"config dataset.train.color_jitter={train.color_jitter}: has no effect with "
+            f"auto_augment={policy}, in timm"
+        )
+    if train.reprob == 0:
+        why = "reprob=0"
+        _refuse_changed(train, ("remode", "recount"), prefix="dataset.train", why=why)
+    if train.crop == "src":
+        names = ("crop_scale", "crop_ratio")
+        _refuse_changed(train, names, prefix="dataset.train", why="crop=src")
+        if train.interpolation == "random":
+            raise ValueError("config dataset.train.interpolation=random: needs crop=rrc")
+
+
+def _check_loss(config: Config) -> None:
+    t, num_classes = config.training, config.model.vit.num_classes
+    if t.loss == "ce":
+        names = ("bce_threshold", "bce_sum")
+        _refuse_changed(t, names, prefix="training", why="training.loss=ce")
+    if t.bce_threshold is not None and t.label_smoothing / num_classes > t.bce_threshold:
+        raise ValueError(
+            f"config training.label_smoothing={t.label_smoothing}: makes a target of every class, "
+            f"{t.label_smoothing} / {num_classes} being above bce_threshold={t.bce_threshold}"
+        )
+
+
+def _check_distillation(config: Config) -> None:
+    """A teacher and a student with a second head need each other."""
+    d = config.distillation
+    if d.kind == "none":
+        names = ("teacher", "teacher_checkpoint", "alpha", "tau")
+        _refuse_changed(d, names, prefix="distillation", why="distillation.kind=none")
+        return
+    if d.teacher is None:
+        raise ValueError(f"config distillation.kind={d.kind}: needs distillation.teacher")
+    if not config.model.vit.distilled:
+        raise ValueError(f"config distillation.kind={d.kind}: needs model.vit.distilled=true")
+    if d.alpha == 0:
+        raise ValueError(
+            "config distillation.alpha=0.0: has no effect (use distillation.kind=none)"
+        )
+    if d.kind == "hard":
+        _refuse_changed(d, ("tau",), prefix="distillation", why="distillation.kind=hard")
+
+
+def _resolve_update_freq(config: Config) -> Config:
+    """Return the options with training.update_freq said as grad_accum_steps."""
+    t = config.training
+    if t.update_freq is None:
+        return config
+    if t.grad_accum_steps not in (1, t.update_freq):
+        raise ValueError(
+            f"config training.update_freq={t.update_freq}: is another name of grad_accum_steps="
+            f"{t.grad_accum_steps} and must not differ"
+        )
+    training = dataclasses.replace(t, grad_accum_steps=t.update_freq, update_freq=None)
+    return dataclasses.replace(config, training=training)
 
 
 def _check_mixing(config: Config) -> None:
@@ -162,8 +280,30 @@ def _check_moe(config: Config) -> None:
         )
 
 
+def _check_init(config: Config) -> None:
+    """Refuse ways to begin that lack something, and settings of others."""
+    init, num_experts = config.init, config.model.moe.num_experts
+    is_scratch = init.mode == "scratch" or (init.mode == "auto" and init.checkpoint is None)
+    about_experts = ("experts", "gate", "gate_std")
+    if is_scratch:
+        names = ("checkpoint", *about_experts)
+        why = f"init.mode={init.mode}" + (" and no init.checkpoint" if init.mode == "auto" else "")
+        _refuse_changed(init, names, prefix="init", why=why)
+    elif init.checkpoint is None:
+        raise ValueError(f"config init.mode={init.mode}: needs init.checkpoint")
+    if num_experts == 0:
+        _refuse_changed(init, about_experts, prefix="init", why="model.moe.num_experts=0")
+    if init.mode == "deit_upcycling" and (num_experts == 0 or init.experts == "random"):
+        raise ValueError(
+            "config init.mode=deit_upcycling: needs model.moe.num_experts > 0 and init.experts to "
+            f"be copy, split or null (are {num_experts} and {init.experts})"
+        )
+
+
 def validate(config: Config) -> Config:
     """Return `config` if every option is in range and has an effect, else raise ValueError.
+
+    Options that are another name of one are taken over into that.
 
     What only the model can know (image size and patch size, widths and heads) the model checks.
     """
@@ -176,6 +316,12 @@ def validate(config: Config) -> Config:
     _check_no_effect(config)
     _check_unused(config)
     _check_val_size(config)
+    _check_dataset(config)
+    _check_schedule(config)
+    _check_augmentation(config)
+    _check_loss(config)
+    _check_distillation(config)
     _check_mixing(config)
     _check_moe(config)
-    return config
+    _check_init(config)
+    return _resolve_update_freq(config)

@@ -83,6 +83,8 @@ class VisionTransformer(nn.Module):
         num_classes: 0 for no head: the pooled features are returned.
         global_pool: "token", "avg", "map" (attention), "max", "avgmax" or "" (logits per token).
         init_values: initial layer scale; None for none.
+        distilled: a second token and head, whose logits are averaged with the first's; with
+            `distilled_training` set, training returns both apart, for distillation.
         no_embed_class: position embeddings for patches only.
         pre_norm: norm before the blocks; the patch embedding then has no bias.
         fc_norm: final norm after the pool instead of before; None: after avg, max and avgmax.
@@ -90,6 +92,7 @@ class VisionTransformer(nn.Module):
         dynamic_img_pad: and of any size at all, zero-padded below and to the right.
         patch_drop_rate: share of patches left out in training (they cost nothing).
         drop_path_rate: stochastic depth of the last block; the first has 0, linear between.
+        drop_path_uniform: stochastic depth of all blocks is `drop_path_rate`.
         weight_init: "" (timm), "jax", "jax_nlhb" or "moco"; the table is in init.initial_value.
         fix_init: scale each block's output projections down with depth.
         grad_checkpointing: recompute each block in backward.
@@ -123,6 +126,7 @@ class VisionTransformer(nn.Module):
         proj_bias: bool = True,
         init_values: float | None = None,
         class_token: bool = True,
+        distilled: bool = False,
         pos_embed: str = "learn",
         no_embed_class: bool = False,
         reg_tokens: int = 0,
@@ -137,6 +141,7 @@ class VisionTransformer(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
         weight_init: str = "",
         fix_init: bool = False,
         grad_checkpointing: bool = False,
@@ -154,6 +159,7 @@ class VisionTransformer(nn.Module):
             for i, rate in enumerate(self.options.drop_path_rates)
         )
         self._build_top(self.options)
+        self.distilled_training = False
         scheme = init.Scheme(
             seed=seed,
             weight_init=weight_init,
@@ -169,6 +175,7 @@ class VisionTransformer(nn.Module):
             dim, o.in_chans, patch_hw=o.patch_hw, bias=not o.pre_norm, is_padded=o.dynamic_img_pad
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if o.class_token else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if o.distilled else None
         self.reg_token = nn.Parameter(torch.empty(1, o.reg_tokens, dim)) if o.reg_tokens else None
         num_pos = math.prod(o.grid_hw) + o.num_pos_prefix
         has_pos = o.pos_embed == "learn"
@@ -188,6 +195,8 @@ class VisionTransformer(nn.Module):
         self.fc_norm = layers.layer_norm(dim) if o.final_norm and is_after else None
         self.head_drop = nn.Dropout(o.drop_rate) if o.drop_rate > 0 else None
         self.head = layers.linear(dim, o.num_classes, bias=True) if o.num_classes else None
+        has_second = o.distilled and o.num_classes > 0
+        self.head_dist = layers.linear(dim, o.num_classes, bias=True) if has_second else None
 
     def _check_image(self, image_BCHW: Tensor) -> None:
         o = self.options
@@ -219,7 +228,8 @@ class VisionTransformer(nn.Module):
         pos_1LD = self._positions(image_BCHW)
         if pos_1LD is not None and self.options.no_embed_class:
             x_BLD = x_BLD + pos_1LD
-        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = (self.cls_token, self.dist_token, self.reg_token)
+        prefix = [token for token in tokens if token is not None]
         if prefix:
             x_BLD = torch.cat([*(t.expand(len(x_BLD), -1, -1) for t in prefix), x_BLD], dim=1)
         if pos_1LD is not None and not self.options.no_embed_class:
@@ -260,7 +270,8 @@ class VisionTransformer(nn.Module):
         ffns = [block.get_submodule("mlp") for block in self.blocks]
         feed_forward = num_tokens * sum(_flops_per_token(ffn) for ffn in ffns)
         pool = 0 if self.attn_pool is None else self.attn_pool.flops(num_kept)
-        head = 2 * dim * o.num_classes * (num_tokens if o.global_pool == "" else 1)
+        num_heads = num_tokens if o.global_pool == "" else 1 + o.distilled
+        head = 2 * dim * o.num_classes * num_heads
         return patches + o.depth * attention + feed_forward + pool + head
 
     def forward_features(self, image_BCHW: Tensor) -> Tensor:
@@ -274,13 +285,25 @@ class VisionTransformer(nn.Module):
                 x_BLD = block(x_BLD)
         return through(self.norm, x_BLD)
 
+    def _forward_heads(self, x_BLD: Tensor) -> Tensor:
+        """Return both heads' logits_2BY if they train apart, else their mean logits_BY."""
+        x_B2D = through(self.head_drop, through(self.fc_norm, x_BLD[:, :2]))
+        logits_2BY = torch.stack(
+            [through(self.head, x_B2D[:, 0]), through(self.head_dist, x_B2D[:, 1])]
+        )
+        return logits_2BY if self.training and self.distilled_training else logits_2BY.mean(0)
+
     def forward_head(self, x_BLD: Tensor) -> Tensor:
         """Return pooled and classified tokens: x_BLD -> logits_BY."""
+        if self.options.distilled:
+            return self._forward_heads(x_BLD)
         x_BD = through(self.fc_norm, self.pool(x_BLD))
         return through(self.head, through(self.head_drop, x_BD))
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Return logits: image_BCHW -> logits_BY (x_BD without a head, logits_BLY for pool "").
+
+        With `distilled_training`, in training, the logits_2BY of both heads.
 
         Raises:
             ValueError: the image has another size or number of channels than configured.

@@ -47,6 +47,7 @@ class VitOptions:
     proj_bias: bool
     init_values: float | None
     class_token: bool
+    distilled: bool
     pos_embed: str
     no_embed_class: bool
     reg_tokens: int
@@ -61,6 +62,7 @@ class VitOptions:
     proj_drop_rate: float
     attn_drop_rate: float
     drop_path_rate: float
+    drop_path_uniform: bool
     weight_init: str
     fix_init: bool
     grad_checkpointing: bool
@@ -97,8 +99,8 @@ class VitOptions:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class and register tokens, which stand before the patches."""
-        return int(self.class_token) + self.reg_tokens
+        """Class, distillation and register tokens, which stand before the patches."""
+        return int(self.class_token) + int(self.distilled) + self.reg_tokens
 
     @property
     def num_tokens_in_training(self) -> int:
@@ -124,7 +126,9 @@ class VitOptions:
 
     @property
     def drop_path_rates(self) -> list[float]:
-        """One rate per block, from 0 to drop_path_rate."""
+        """One rate per block, from 0 to drop_path_rate unless all have it."""
+        if self.drop_path_uniform:
+            return [self.drop_path_rate] * self.depth
         return torch.linspace(0, self.drop_path_rate, self.depth, device="cpu").tolist()
 
     def _check_values(self) -> None:
@@ -160,6 +164,9 @@ class VitOptions:
     def _check_tokens(self) -> None:
         is_token = self.global_pool == "token"
         require(self.class_token or not is_token, "global_pool", "token", "needs class_token=true")
+        is_plain = is_token and self.reg_tokens == 0 and self.fc_norm is not True
+        allowed = "needs global_pool=token, reg_tokens=0 and no fc_norm"
+        require(is_plain or not self.distilled, "distilled", True, allowed)
         has_pos = self.pos_embed != "none"
         require(
             has_pos or self.pos_drop_rate == 0,
@@ -187,7 +194,13 @@ class VitOptions:
             "has no effect with final_norm=false",
         )
         require(
-            self.depth > 1 or self.drop_path_rate == 0,
+            not self.drop_path_uniform or self.drop_path_rate > 0,
+            "drop_path_uniform",
+            True,
+            "has no effect with drop_path_rate=0",
+        )
+        require(
+            self.depth > 1 or self.drop_path_rate == 0 or self.drop_path_uniform,
             "drop_path_rate",
             self.drop_path_rate,
             "has no effect with depth=1, since the first block's rate is 0",

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -60,7 +61,7 @@ def read_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         # The advice that comes before holds the words that are searched for.
-        reason = str(error).partition("trusted source.")[2]
+        reason = str(error).rpartition("trusted source.")[2]
         if isinstance(error, pickle.UnpicklingError) and (blocked := _BLOCKED.search(reason)):
             problem = f"wants {blocked[1]}: refused, and nothing was run"
         else:
@@ -99,9 +100,16 @@ def in_place_of(target: Path) -> Iterator[Path]:
 
 
 def write_pickle(path: Path, content: Mapping[str, object]) -> None:
-    """Write `content`, of tensors and plain values, for torch.load(weights_only=True)."""
+    """Write `content`, of tensors and plain values, for torch.load(weights_only=True).
+
+    Raises:
+        OSError: It cannot be written.
+    """
     with in_place_of(path) as partial:
-        torch.save(dict(content), partial)
+        try:
+            torch.save(dict(content), partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"file {path}: cannot be written: {error}") from error
 
 
 def _read_json(path: Path) -> Json:
@@ -202,11 +210,15 @@ def write_safetensors(
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Silence the warning that there is no process group: there is not meant to be one."""
+def _alone(folder: Path) -> Iterator[None]:
+    """Use DCP without a process group: no warning that there is none, and errors of one line."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:  # no Exception: nobody else would catch it
+            cause, _ = next(iter(error.failures.values()))
+            raise OSError(f"checkpoint {folder}: {cause}") from error
 
 
 def read_dcp(folder: Path, tree: str) -> Weights:
@@ -229,14 +241,14 @@ def read_dcp(folder: Path, tree: str) -> Weights:
     lacking -= {key.partition(".")[2] for key in tensors}
     if lacking:
         raise ValueError(f"checkpoint {folder}: {tree} weights lack {listed(lacking)}")
-    with _alone():
+    with _alone(folder):
         state_dict_loader.load(dict(tensors), storage_reader=reader, no_dist=True)
     return {key.removeprefix(f"{tree}."): tensor for key, tensor in tensors.items()}
 
 
 def write_dcp(folder: Path, weights: Weights, *, config: Json) -> None:
     """Write a checkpoint of weights alone: a state of step 0 and a manifest, no optimizer."""
-    with in_place_of(folder) as partial, _alone():
+    with in_place_of(folder) as partial, _alone(folder):
         writer = FileSystemWriter(partial, thread_count=1, sync_files=True)
         state_dict_saver.save({"model": weights}, storage_writer=writer, no_dist=True)
         version = {"schema_version": SCHEMA_VERSION}

@@ -1,6 +1,7 @@
 """Weights from whatever holds them, recognised by what it is, with the options of their run.
 
     run folder | checkpoint | safetensors | torch.save | folder of FastMoE -> read_source -> Source
+    Source without options, recipe -> name_options -> Source
 
 The formats are listed in export.py. What is incomplete is refused with the way to complete it.
 """
@@ -15,7 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import checkpoint
+import compose
 import formats
+import models
 import weight_files
 from checkpoint import Checkpoint
 from dcp_writer import MANIFEST, METADATA
@@ -178,3 +181,30 @@ def read_source(path: Path, choice: Choice) -> Source:
     weights, metadata = weight_files.read_safetensors(path)
     config = _parse_options(metadata.get("config"))
     return Source(formats.from_timm(weights), config, str(path))
+
+
+def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
+    """Return `source` with the options of a recipe, if it is a model of these names and shapes.
+
+    Raises:
+        ValueError: It has its own options, or a parameter differs.
+    """
+    if source.config:
+        raise ValueError(f"--config-name {config_name}: {source.origin} has options of its own")
+    config = compose.compose(config_name, overrides)
+    model = models.build_model(config, backend="torch", on_meta=True)
+    expected, weights = model.state_dict(), source.weights()
+    problems = []
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            # M3ViT's encoder ends with its blocks: a head is for whoever loads the export.
+            is_theirs = isinstance(source.content, MtlFile) and formats.is_top(name)
+            problems += [] if is_theirs else [f"missing {name}"]
+        elif name not in expected:
+            problems.append(f"unexpected {name}")
+        elif expected[name].shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+            problems.append(f"{name} is {shapes}")
+    if problems:
+        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
+    return Source(weights, dataclasses.asdict(config), source.origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -11,7 +12,8 @@ Run = Callable[[], object]
 Clock = Callable[[Run], float]
 # The host queues a step's launches behind this wait, so that its own pace is not measured; a layer
 # that waits for the device (its counts, say) still pays for that.
-HEAD_START_CYCLES = 2_000_000  # about 1 ms
+HEAD_START_CYCLES = 6_000_000  # about 3 ms
+HOST_REPEATS = 5
 
 
 def wall_clock(run: Run) -> float:
@@ -42,6 +44,16 @@ def cuda_clock() -> Clock:
 def clock_of(device: torch.device) -> Clock:
     """Return the clock of a device."""
     return cuda_clock() if device.type == "cuda" else wall_clock
+
+
+def host_ms(run: Run, device: torch.device) -> float:
+    """Return the median milliseconds until the host is done with a call, the device may not be."""
+    times = []
+    for _ in range(HOST_REPEATS):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(wall_clock(run))
+    return statistics.median(times)
 
 
 def interleave(runs: dict[str, Run], clock: Clock, *, repeats: int) -> dict[str, list[float]]:

@@ -21,7 +21,11 @@ Errors = tuple[type[Exception], ...]
 
 @dataclasses.dataclass
 class LayerRow:
-    """A layer in a case. status: ok, unsupported (by the library), error (fails, or is wrong)."""
+    """A layer in a case.
+
+    status: ok, unsupported (by the library), or error (fails, or is wrong).
+    host_ms: until the host has queued a step; above step_ms, the launches are what limits it.
+    """
 
     layer: str
     status: str = "ok"
@@ -30,6 +34,7 @@ class LayerRow:
     forward_ms: float | None = None
     step_ms: float | None = None
     step_iqr_ms: float | None = None
+    host_ms: float | None = None
     forward_percent: float | None = None
     percent: float | None = None
     time_over_ours: float | None = None
@@ -92,6 +97,6 @@ def prepare(
         if contender is not None:
             right[name] = contender
         elif name.startswith(OURS):
-            raise ValueError(f"{name}, {problem.case}: {row.reason}")
+            raise ValueError(f"{name}, {problem.case.label}: {row.reason}")
         rows.append(row)
     return right, rows

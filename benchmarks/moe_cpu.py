@@ -38,7 +38,6 @@ SHAPES = [
     (16 * 65, 192, 384),
     (64 * 65, 192, 384),
     (16 * 197, 384, 768),
-    (16 * 197, 768, 1536),
 ]
 WEIGHT_STD = 0.05  # logits of some tenths: uneven but no expert idle, as early in training
 

@@ -1,7 +1,7 @@
 """Time our MoE layer and its kernels on one GPU against plain PyTorch and other libraries.
 
-    python -m benchmarks.moe_gpu [--cases quick|full] [--repeats 30] [--limit-s 500] [--out FILE]
-    python -m benchmarks.moe_gpu --tune [--cases quick|full] [--shapes 768x3072 ...] [--table FILE]
+    python -m benchmarks.moe_gpu [--cases quick|full] [--match REGEX] [--limit-s 500] [--out FILE]
+    python -m benchmarks.moe_gpu --tune --repeats 10 --match '768x3072 E8 .* gelu' [--table FILE]
     python -m benchmarks.moe_gpu --dry          # the same code on a CPU with tiny sizes
 
 One process, one set of tensors per case; every layer is checked against a loop in fp32, output and
@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -30,7 +31,7 @@ import torch
 
 import triton_tiles
 from benchmarks import moe_kernels, moe_rivals
-from benchmarks.clock import Clock, Run, clock_of, interleave
+from benchmarks.clock import Clock, Run, clock_of, host_ms, interleave
 from benchmarks.moe_check import OURS, Build, Errors, LayerRow, library_errors, prepare
 from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS, layer_floor_ms, works
 from benchmarks.moe_rivals import Case, Contender, Problem, draw
@@ -132,12 +133,12 @@ def percent(flops: int, ms: float) -> float:
 
 
 def time_layers(
-    case: Case, right: dict[str, Contender], rows: list[LayerRow], *, clock: Clock, repeats: int
+    case: Case, right: dict[str, Contender], rows: list[LayerRow], setting: Setting
 ) -> None:
     """Fill in the rows of the layers that are right."""
     runs: dict[str, Run] = {f"{name}, forward": layer.forward for name, layer in right.items()}
     runs |= {f"{name}, step": layer.step for name, layer in right.items()}
-    times = interleave(runs, clock, repeats=repeats)
+    times = interleave(runs, setting.clock, repeats=setting.repeats)
     for row in rows:
         if row.layer not in right:
             continue
@@ -146,6 +147,7 @@ def time_layers(
         step_ms, iqr_ms = spread(of_step)
         row.forward_ms, row.step_ms = round(forward_ms, 4), round(step_ms, 4)
         row.step_iqr_ms = round(iqr_ms, 4)
+        row.host_ms = round(host_ms(right[row.layer].step, setting.device), 4)
         row.forward_percent = percent(case.forward_flops, forward_ms)
         row.percent = percent(3 * case.forward_flops, step_ms)
         row.time_over_ours = ratio(of_step, times[f"{OURS}, step"])
@@ -209,24 +211,24 @@ def judge(case: Case, layers: list[LayerRow], kernels: list[KernelRow]) -> CaseR
 
 def measure(case: Case, build: dict[str, Build], setting: Setting) -> CaseResult:
     """Return what a case shows; every layer is checked before any is timed."""
-    problem, s = setting.draw(case), setting
-    right, rows = prepare(problem, build, errors=library_errors(s.backend))
-    time_layers(case, right, rows, clock=s.clock, repeats=s.repeats)
+    problem = setting.draw(case)
+    right, rows = prepare(problem, build, errors=library_errors(setting.backend))
+    time_layers(case, right, rows, setting)
     right.clear()  # before the kernels get tensors of their own
     return judge(case, rows, time_kernels(problem, setting))
 
 
 def tune(cases: list[Case], setting: Setting, *, table: Path, deadline_s: float) -> None:
     """Write the fastest tiles of each case's size to a table, after each; the others stay."""
-    entries = {}
+    entries = triton_tiles.read_table(triton_tiles.TABLE)
     for case in cases:
         if time.monotonic() > deadline_s:
-            print(f"out of time before {case}")
+            print(f"out of time before {case.label}")
             break
         size, tiles = moe_kernels.tuned(setting.draw(case), setting.clock, repeats=setting.repeats)
         entries[size] = tiles
         triton_tiles.write_table(table, entries)
-        print(f"{size}\n  {tiles}", flush=True)
+        print(f"{case.label}: {tiles}", flush=True)
 
 
 def commit() -> str:
@@ -252,9 +254,9 @@ def write(path: Path, conditions: dict[str, object], results: list[CaseResult]) 
 
 def print_result(result: CaseResult) -> None:
     """Print a case's layers and kernels, a line each."""
-    print(f"{result.case} target={result.target_percent} best={result.best_rival}")
+    print(f"{result.case.label}: target={result.target_percent} best={result.best_rival}")
     for row in result.layers:
-        figures = f"{row.step_ms} ms {row.percent} % x{row.time_over_ours}"
+        figures = f"{row.step_ms} ms {row.percent} % x{row.time_over_ours} host {row.host_ms} ms"
         print(f"  {row.layer:18} {figures if row.status == 'ok' else row.status} {row.reason}")
     for kernel in result.kernels:
         rates = f"{kernel.ms} ms {kernel.percent} % floor x{kernel.time_over_floor}"
@@ -265,7 +267,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", choices=("quick", "full"), default="quick")
-    parser.add_argument("--shapes", nargs="*", help="only these, as 768x3072")
+    parser.add_argument("--match", default="", help="regex of labels as 768x3072 E8 k1 T50176 ...")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--limit-s", type=float, default=math.inf, help="start no case after this")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU: tests this file")
@@ -302,9 +304,12 @@ def main(arguments: list[str] | None = None) -> None:
     options, started_s = parse(arguments), time.monotonic()
     setting = setting_of(is_dry=options.dry, repeats=options.repeats)
     cases = all_cases("dry" if options.dry else options.cases)
-    if options.shapes:
-        cases = [case for case in cases if f"{case.dim}x{case.hidden}" in options.shapes]
+    cases = [case for case in cases if re.search(options.match, case.label)]
+    if not cases:
+        raise ValueError(f"--match {options.match}: matches no case of this grid")
     deadline_s = started_s + options.limit_s
+    if options.tune and options.dry:
+        raise ValueError("--tune times kernels on a GPU, --dry is without one: give one of both")
     if options.tune:
         tune(cases, setting, table=options.table, deadline_s=deadline_s)
         return
@@ -330,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: list[CaseResult] = []
     for case in cases:
         if time.monotonic() > deadline_s:
-            print(f"out of time before {case}")
+            print(f"out of time before {case.label}")
             break
         results.append(measure(case, build, setting))
         print_result(results[-1])

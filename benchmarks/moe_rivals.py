@@ -42,6 +42,12 @@ class Case:
     activation: str = "gelu"
 
     @property
+    def label(self) -> str:
+        """Return the case in a line."""
+        sizes = f"{self.dim}x{self.hidden} E{self.num_experts} k{self.num_choices}"
+        return f"{sizes} T{self.num_tokens} {self.routing} {self.activation}"
+
+    @property
     def num_rows(self) -> int:
         """Return T*k."""
         return self.num_tokens * self.num_choices

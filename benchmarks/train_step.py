@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import assemble
 import compose
 import distributed
+import losses
 import models
 import optim
 import train
@@ -51,7 +52,7 @@ def plain_step(
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = train.smoothed_loss(
+        loss = losses.smoothed_loss(
             model(batch.image_BCHW), batch.label_B, smoothing=t.label_smoothing
         )
         loss.backward()

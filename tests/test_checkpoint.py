@@ -117,7 +117,7 @@ def test_state_of_another_schema_or_without_a_step_is_refused(ranks, tmp_path):
         facts = {"bytes": (folder / "state.json").stat().st_size}
         facts["sha256"] = dcp_writer.sha256(folder / "state.json")
         manifest["files"]["state.json"] = facts
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_bytes(dcp_writer.encode(manifest))
         with pytest.raises(ValueError, match=message):
             checkpoint.verify(folder)
 
@@ -317,3 +317,91 @@ def test_resume_takes_the_best_complete_one_of_a_figure(ranks, tmp_path, metric,
         found, _ = ranks(1, lambda world: checkpoint.find_newest(tmp_path, metric=metric))[0]
         assert found.step == step
         damage_bytes(found.folder / "__0_0.distcp")
+
+
+def test_what_is_on_disk_is_compared_with_what_was_written(ranks, tmp_path):
+    """The last look before the commit: the writers' word is not taken for it."""
+    real = dcp_writer.commit
+
+    def cut_and_commit(target, metadata, written):
+        os.truncate(target.staging / "__0_0.distcp", 100)
+        return real(target, metadata, written)
+
+    def refused(world):
+        dcp_writer.commit = cut_and_commit
+        with pytest.raises(OSError, match=r"__0_0.distcp has 100 bytes, written were \d{4}"):
+            save(tmp_path, 1, 1.0)
+
+    ranks(2, refused)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digests_are_of_what_was_meant_not_of_what_is_on_disk(ranks, tmp_path):
+    real = dcp_writer.commit
+
+    def damage_and_commit(target, metadata, written):
+        damage_bytes(target.staging / "__0_0.distcp")
+        return real(target, metadata, written)
+
+    def save_damaged(world):
+        dcp_writer.commit = damage_and_commit
+        return save(tmp_path, 1, 1.0)
+
+    folder = ranks(1, save_damaged)[0]
+    with pytest.raises(ValueError, match=r"__0_0.distcp sha256 \w{8} != manifest \w{8}"):
+        checkpoint.verify(folder)
+
+
+def test_ranks_whose_tensors_differ_from_the_checkpoint_all_stop(ranks, tmp_path):
+    """The difference is in a tensor of one rank: the others must not go on and wait for it."""
+    ranks(1, save_steps, tmp_path, [1])
+
+    def refused(world):
+        found, _ = checkpoint.find_newest(tmp_path)
+        wanted = tensors(0.0)
+        if world.rank == 1:
+            wanted["model"]["weight"] = torch.zeros(4, 3, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"1 differences: .*the model has .*float64"):
+            checkpoint.load(found, wanted)
+
+    ranks(2, refused)
+
+
+def fail_at(call: str, nth: int) -> None:
+    """Let call number `nth` of os.`call` fail, as a disk that is about to die."""
+    real, calls = getattr(os, call), []
+
+    def fail_once(*arguments, **options):
+        calls.append(1)
+        if len(calls) == nth:
+            raise OSError(5, "Input/output error")
+        return real(*arguments, **options)
+
+    setattr(os, call, fail_once)
+
+
+CALLS = {"mkdir": 1, "fsync": 5, "rename": 2, "open": 3}
+
+
+@pytest.mark.parametrize(
+    ("call", "nth"), [(c, n + 1) for c, top in CALLS.items() for n in range(top)]
+)
+def test_an_error_of_any_call_is_an_error_of_the_save(ranks, tmp_path, call, nth):
+    def failing(world):
+        save(tmp_path, 1, 1.0)
+        fail_at(call, nth)
+        with pytest.raises(OSError, match="Input/output error"):
+            save(tmp_path, 2, 2.0)
+        return [path.name for path in tmp_path.iterdir()]
+
+    assert ranks(1, failing)[0] == ["step_1_loss_1.500"]
+    ranks(1, save_steps, tmp_path, [3])
+    assert ranks(1, newest, tmp_path)[0] == (3, [], [3.0])
+
+
+def test_the_size_of_a_checkpoint_is_that_of_all_ranks_tensors(ranks):
+    def size(world):
+        own = {f"of_rank_{world.rank}": torch.zeros(10, dtype=torch.bfloat16)}
+        return dcp_writer.num_bytes({"model": {"shared": torch.zeros(100)}, "optimizer": own})
+
+    assert ranks(2, size) == [440, 440]

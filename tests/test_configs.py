@@ -23,6 +23,7 @@ import schema
 import train
 import validation
 import vit
+from model_options import MoEOptions, ViTOptions
 
 ROOT = compose.CONFIG_DIR.parent
 FILES = sorted(compose.CONFIG_DIR.glob("*.yaml"))
@@ -129,7 +130,7 @@ def test_experts_are_all_that_differs_from_the_dense_recipe(size):
 @pytest.mark.parametrize("name", [name for name in IMAGENET if "moe" in name])
 def test_token_costs_what_it_costs_in_the_dense_model_and_the_routers(name):
     config, model = compose.compose(name, []), built(name)
-    model_options = dataclasses.replace(config.model, moe=schema.MoEOptions())
+    model_options = dataclasses.replace(config.model, moe=MoEOptions())
     dense = models.build_model(
         dataclasses.replace(config, model=model_options), backend="torch", on_meta=True
     )
@@ -153,7 +154,7 @@ def test_preset_of_m3vit_has_its_values(name):
     config = compose.compose(name, [])
     num_heads, num_experts, top_k, ratio, cv_weight = M3VIT[name]
     assert config.model.vit.num_heads == num_heads
-    assert config.model.moe == schema.MoEOptions(
+    assert config.model.moe == MoEOptions(
         num_experts=num_experts,
         top_k=top_k,
         every_n=2,
@@ -186,6 +187,87 @@ def test_schedule_of_m3vit_is_in_steps_and_for_this_batch(name):
     assert config.training.label_smoothing == (0.1 if is_deit else 0.0)
 
 
+@pytest.mark.parametrize("name", M3VIT)
+def test_augmentation_of_m3vit_is_its(name):
+    train = compose.compose(name, []).dataset.train
+    is_deit = name.startswith("deit")
+    assert train.auto_augment == f"rand-m{9 if is_deit else 10}-mstd0.5-inc1"
+    assert (train.reprob, train.remode, train.recount) == (0.25 if is_deit else 0, "pixel", 1)
+    assert train.repeats == (3 if is_deit else 1)
+    assert (train.mixup, train.cutmix) == ((0.8, 1.0) if is_deit else (0.2, 0.0))
+    assert train.color_jitter == 0
+
+
+def published(name):
+    """The values of DeiT's recipes that its repository and papers give: training, model, data."""
+    config = compose.compose(name, [])
+    o, t, vit, data = config.optimizer, config.training, config.model.vit, config.dataset.train
+    batch = 8 * data.batch_size * t.grad_accum_steps
+    epoch = IMAGENET_IMAGES // 256 * 256 // batch
+    assert (o.min_lr, o.warmup_lr, o.warmup_prefix, o.layer_decay) == (1e-5, 1e-6, False, None)
+    assert (o.weight_decay, o.betas, o.eps) == (0.05, [0.9, 0.999], 1e-8)
+    assert (o.warmup_steps / epoch, data.repeats, data.mixup, data.cutmix) == (5, 3, 0.8, 1.0)
+    assert (data.crop, data.crop_scale, data.hflip) == ("rrc", [0.08, 1.0], 0.5)
+    assert (data.mixup_prob, data.mixup_switch_prob, data.mixup_mode) == (1.0, 0.5, "batch")
+    assert (config.dataset.interpolation, data.interpolation) == ("bicubic", None)
+    return {
+        "schedule": (t.steps / epoch, batch, validation.peak_lr(config, batch)),
+        "optimizer": (o.name, o.clip_norm),
+        "loss": (t.loss, t.bce_threshold, t.label_smoothing),
+        "augmentation": (data.auto_augment, data.color_jitter, data.reprob),
+        "image": (vit.img_size, vit.patch_size, config.dataset.val.crop_ratio),
+        "size": (vit.embed_dim, vit.depth, vit.num_heads),
+        "drop_path": (vit.drop_path_rate, vit.drop_path_uniform),
+        "other": (vit.init_values, vit.no_embed_class, vit.qkv_bias),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("deit_tiny", (192, 12, 3)), ("deit_small", (384, 12, 6)), ("deit_base", (768, 12, 12))],
+)
+def test_recipe_of_deit_has_its_values(name, size):
+    assert published(name) == {
+        "schedule": (300, 1024, 1e-3),
+        "optimizer": ("adamw", None),
+        "loss": ("ce", None, 0.1),
+        "augmentation": ("rand-m9-mstd0.5-inc1", 0, 0.25),
+        "image": (224, 16, 0.875),
+        "size": size,
+        "drop_path": (0.1, False),
+        "other": (None, False, True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "size", "image", "drop_path"),
+    [
+        ("deit3_small", 4e-3, (384, 12, 6), (224, 16), 0.05),
+        ("deit3_base", 3e-3, (768, 12, 12), (192, 16), 0.2),
+        ("deit3_large", 3e-3, (1024, 24, 16), (192, 16), 0.45),
+        ("deit3_huge", 3e-3, (1280, 32, 16), (154, 14), 0.6),  # of 160 pixels 154 are seen
+    ],
+)
+def test_recipe_of_deit_3_has_its_values(name, lr, size, image, drop_path):
+    assert published(name) == {
+        "schedule": (800, 2048, lr),
+        "optimizer": ("lamb", 1.0),
+        "loss": ("bce", 0.0, 0.0),
+        "augmentation": ("3aug", 0.3, 0.0),
+        "image": (*image, 1.0),
+        "size": size,
+        "drop_path": (drop_path, True),
+        "other": (1e-4, True, True),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_leaves_out_nothing_that_there_is_an_option_for(name):
+    for words in ("RandAugment", "random erasing", "repeated augmentation", "no options yet"):
+        left_out = head(name).replace("\n", " ").partition("Left out")[2].partition(". ")[0]
+        assert words not in left_out
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_has_its_own_run_folder(name):
     assert compose.compose(name, []).training.checkpoint.path == f"./ckpts/{name}"
@@ -199,7 +281,10 @@ def test_comment_of_imagenet_recipe_is_true(name):
     epochs, batch = map(int, re.search(r"(\d+) epochs at batch (\d+)", comment).groups())
     per_rank = config.dataset.train.batch_size * config.training.grad_accum_steps
     assert per_rank * num_ranks == batch
-    assert config.training.steps == pytest.approx(epochs * IMAGENET_IMAGES / batch, abs=1)
+    if config.dataset.train.repeats > 1:  # its epochs are whole updates
+        assert config.training.steps == epochs * (IMAGENET_IMAGES // 256 * 256 // batch)
+    else:
+        assert config.training.steps == pytest.approx(epochs * IMAGENET_IMAGES / batch, abs=1)
     assert config.dataset.train.root == "data/imagenet"
 
 
@@ -252,7 +337,7 @@ def test_te_recipe_is_the_base_recipe_by_another_backend():
         (["optimizer.min_lr=1"], ["optimizer.min_lr=1.0", "at most lr=0.001"]),
         (["optimizer.warmup_steps=9", "training.steps=5"], ["warmup_steps=9", "training.steps=5"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "2 values"]),
-        (["optimizer.name=lamb"], ["optimizer.name=lamb", "adamw, sgd"]),
+        (["optimizer.name=lion"], ["optimizer.name=lion", "adamw, sgd, lamb"]),
         (["dataset.train.crop_scale=[1,0.5]"], ["crop_scale=[1.0, 0.5]", "[lowest, highest]"]),
         (["dataset.std=[0,0,0]"], ["dataset.std=0.0", "at least 1e-06"]),
         (["device=tpu"], ["device=tpu", "auto, cpu, cuda"]),
@@ -420,7 +505,7 @@ def test_vit_options_are_the_arguments_of_the_model():
         for name, parameter in parameters.items()
         if name not in ("backend", "ffn", "seed")
     }
-    assert dataclasses.asdict(schema.ViTOptions()) == theirs
+    assert dataclasses.asdict(ViTOptions()) == theirs
 
 
 def options():
@@ -494,7 +579,7 @@ def test_no_model_option_is_dead():
         for node in ast.walk(ast.parse(body))
         if isinstance(node, ast.keyword) and isinstance(node.value, ast.Name)
     }
-    names = [field.name for field in dataclasses.fields(schema.ViTOptions)]
+    names = [field.name for field in dataclasses.fields(ViTOptions)]
     assert [name for name in names if name not in read] == []
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from tests.test_formats import (
     EVERYTHING,
     EXPERTS,
     HEADS,
+    SMALL,
     Hostile,
     as_mtl,
     assert_equal,
@@ -152,12 +154,17 @@ def test_experts_saved_on_two_ranks_are_whole_in_the_export(ranks, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("overrides", [[], ["model.vit.global_pool=map", *EVERYTHING]], ids=len)
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.vit.global_pool=map", *EVERYTHING], ["model.vit.img_size=[32,32]"]],
+    ids=len,
+)
 def test_timm_makes_the_same_model_of_an_export(ranks, tmp_path, capsys, overrides):
     root, model, weights = run_of(ranks, tmp_path / "run", *overrides, recipe="vit_tiny_patch8_64")
     model.load_state_dict(plus(weights, 3))
     assert convert(root, "--to", "timm", "--output", tmp_path / "x.pth") == 0
     (call,) = re.findall(r"timm\.create_model\(.*\)", capsys.readouterr().out)
+    assert "[" not in call, "timm takes sizes as tuples"
     theirs = eval(call, {"timm": timm}).eval()  # noqa: S307
     image_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(image_BCHW), theirs(image_BCHW), rtol=0, atol=1e-5)
@@ -170,6 +177,14 @@ def test_timm_weights_become_a_checkpoint_of_a_recipe(tmp_path, capsys):
     recipe = ["--config-name", "vit_tiny_patch16_224"]
     line = refused(capsys, *to_dcp, *recipe)
     assert "head.bias is (10,), not (1000,)" in line
+    line = refused(capsys, *to_dcp, *recipe, "model.vit.num_classes=10", "model.vit.depth=11")
+    assert "unexpected blocks.11.attn.proj.bias" in line
+    line = refused(capsys, *to_dcp, *recipe, "model.vit.num_classes=10", "model.vit.depth=13")
+    assert "missing blocks.12.attn.proj.bias" in line
+    headless = {n: t for n, t in theirs.state_dict().items() if not n.startswith("head.")}
+    torch.save(headless, tmp_path / "headless.pth")
+    line = refused(capsys, tmp_path / "headless.pth", *to_dcp[1:], *recipe)
+    assert "missing head.bias, missing head.weight" in line
     assert convert(*to_dcp, *recipe, "model.vit.num_classes=10") == 0
     assert_equal(model_in(tmp_path / "init"), theirs.state_dict())
     config = checkpoint.verify(tmp_path / "init").state["config"]
@@ -201,6 +216,25 @@ def test_a_folder_of_fastmoe_becomes_one_file(shards, tmp_path, name):
     content = weight_files.read_pickle(tmp_path / "out" / "mtl_latest_global.pth")
     assert_equal(content["state_dict"], shards[1].weights)
     assert content["meta"]["source"] == "pretrain_sharded_dir"
+
+
+def test_a_folder_of_fastmoe_becomes_a_checkpoint_of_a_recipe(shards, tmp_path, capsys):
+    save_shards(tmp_path / "x", [shards[0][0] | {"head_dist.bias": torch.ones(5)}, *shards[0][1:]])
+    to_mtl = ["--to", "mtl", "--output", tmp_path / "first.pth"]
+    assert convert(tmp_path / "x", *to_mtl) == 0
+    assert "note: left out head_dist.bias\n" in capsys.readouterr().out
+    arguments = [tmp_path / "x", "--to", "dcp", "--output", tmp_path / "init"]
+    recipe = ["--config-name", "vit_moe_tiny_patch8_64", *SMALL]
+    line = refused(capsys, *arguments, *recipe, "model.moe.mlp_ratio=4")
+    assert "blocks.1.mlp.experts.b_in is (8, 72), not (8, 144)" in line
+    assert "head" not in line
+    assert convert(*arguments, *recipe) == 0
+    ours = model_of()[0].state_dict()
+    expected = {n: t for n, t in ours.items() if not n.startswith(("head.", "fc_norm."))}
+    assert_equal(model_in(tmp_path / "init"), expected)
+    # Now the number of heads is known, and goes with it.
+    assert convert(tmp_path / "init", "--to", "mtl", "--output", tmp_path / "mtl.pth") == 0
+    assert weight_files.read_pickle(tmp_path / "mtl.pth")["meta"]["num_heads"] == HEADS
 
 
 def test_ranks_are_ordered_as_numbers(tmp_path):
@@ -269,6 +303,19 @@ def test_a_single_global_file_of_m3vit_keeps_its_meta_and_becomes_ours(shards, t
     assert convert(*to_dcp) == 0
     assert "has no norm or fc_norm and no head" in capsys.readouterr().out
     assert "head.weight" not in model_in(tmp_path / "init")
+
+
+def test_a_meta_that_is_wrong_about_the_experts_is_put_right(shards, tmp_path):
+    meta = {"expert_format": "local", "moe_experts_global": 2}
+    weights = shards[1].weights
+    content = {"model": weights, "model_ema": plus(weights, 1), "meta": meta}
+    torch.save(content, tmp_path / "x.pth")
+    to_mtl = ["--to", "mtl", "--weights", "ema", "--output", tmp_path / "mtl.pth"]
+    assert convert(tmp_path / "x.pth", *to_mtl) == 0
+    found = weight_files.read_pickle(tmp_path / "mtl.pth")
+    assert_equal(found["state_dict"], plus(weights, 1))
+    assert found["meta"]["expert_format"] == "global"
+    assert found["meta"]["moe_experts_global"] == EXPERTS
 
 
 def test_torchs_own_converters_and_ours_understand_each_other(moe_run, tmp_path):
@@ -389,6 +436,13 @@ def test_weights_that_are_not_there_are_an_error(ranks, tmp_path, capsys):
     assert "name them by --config-name" in refused(capsys, tmp_path / "run", *to_mtl)
 
 
+def test_a_file_of_one_set_of_weights_has_no_average(dense_run, tmp_path, capsys):
+    path = tmp_path / "x.safetensors"
+    assert convert(dense_run[0], "--to", "safetensors", "--output", path) == 0
+    to_torch = ["--to", "torch", "--output", tmp_path / "x.pt", "--weights", "ema"]
+    assert "has one set of weights" in refused(capsys, path, *to_torch)
+
+
 def test_an_average_of_some_parameters_only_is_an_error(ranks, tmp_path, capsys):
     def save(world):
         tree = {"model": {"norm.bias": torch.ones(1), "norm.weight": torch.ones(1)}}
@@ -412,6 +466,27 @@ def test_what_another_project_calls_config_is_not_taken_for_options(tmp_path, te
         out = tmp_path / f"{source.suffix}_out.pth"
         assert convert(source, "--to", "timm", "--output", out) == 0
         assert weight_files.read_pickle(out)["config"] == "{}"
+
+
+def export_to_a_full_disk(world, root, folder):
+    """Run three exports in a process whose files cannot have more than 4000 bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    found = []
+    for to, name in (("torch", "x.pt"), ("safetensors", "s"), ("dcp", "d")):
+        arguments = export.parse([str(root), "--to", to, "--output", str(folder / name)])
+        with pytest.raises(OSError) as caught:
+            export.export(arguments)
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(ranks, dense_run, tmp_path):
+    messages = ranks(1, export_to_a_full_disk, dense_run[0], tmp_path)[0]
+    assert f"file {tmp_path / 'x.pt'}: cannot be written" in messages[0]
+    assert "File too large" in messages[1]
+    assert f"checkpoint {tmp_path / 'd'}: " in messages[2]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_model_is_split_into_files_that_are_read_as_one(moe_run, tmp_path):

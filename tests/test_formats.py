@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 
 import pytest
 import torch
@@ -153,8 +154,12 @@ def test_what_m3vit_cannot_be_is_refused_by_name(message):
         as_mtl(*model_of(*REFUSED[message]))
 
 
-def m3vit(*, tasks, world):
-    """Names and shapes of M3ViT's encoder on one of `world` ranks; `tasks` gates, or one for 0."""
+def m3vit(*, tasks, world, task_dim=0):
+    """Names and shapes of M3ViT's encoder on one of `world` ranks.
+
+    It has a gate for each of `tasks`, or one for all with 0, which then may see which task it is
+    by `task_dim` more values per token.
+    """
     local = EXPERTS // world
     shapes = {
         "cls_token": (1, 1, DIM),
@@ -188,23 +193,25 @@ def m3vit(*, tasks, world):
                 "mlp.experts.h4toh.bias": (local, DIM),
             }
             names = [f"gate.{task}.w_gate" for task in range(tasks)] or ["gate.w_gate"]
-            block |= {f"mlp.{name}": (DIM, EXPERTS) for name in names}
+            block |= {f"mlp.{name}": (DIM + task_dim, EXPERTS) for name in names}
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     return {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
 
 
-def m3vit_load(content, *, rank, world, tasks, side):
+def m3vit_load(content, *, rank, world, tasks, task_dim, side):
     """What M3ViT's multi-task training does with its --pretrained file, written from its rules.
 
     Returns the parameters of one rank, NaN where nothing was loaded, and the keys of no use to it.
     """
     state = content["state_dict"] if "state_dict" in content else content["model"]
     state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
-    target = m3vit(tasks=tasks, world=world)
+    target = m3vit(tasks=tasks, world=world, task_dim=task_dim)
     sizes = {len(tensor) for name, tensor in state.items() if "mlp.experts.h" in name}
     if world > 1 and sizes:
         assert content["meta"]["expert_format"] == "global"
         assert sizes == {EXPERTS // world * world} == {content["meta"]["moe_experts_global"]}
+    for name in [name for name in state if name.endswith("w_gate") and task_dim]:
+        state[name] = torch.cat([state[name], torch.zeros(task_dim, EXPERTS)])
     if tasks:
         copies = {4: (0, 1, 2, 3), 5: (0, 1, 2, 3, 4)}.get(tasks, (0, 1))
         for name in [name for name in state if name.endswith("mlp.gate.w_gate")]:
@@ -227,16 +234,18 @@ def m3vit_load(content, *, rank, world, tasks, side):
     return target, useless
 
 
-@pytest.mark.parametrize("tasks", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize(("tasks", "task_dim"), [(0, 0), (0, 2), (2, 0), (3, 0), (4, 0), (5, 0)])
 @pytest.mark.parametrize("world", [1, 4])
-def test_m3vits_loader_takes_every_tensor_of_the_file(moe, tmp_path, tasks, world):
+def test_m3vits_loader_takes_every_tensor_of_the_file(moe, tmp_path, tasks, task_dim, world):
     file = as_mtl(*moe)
     content = {"state_dict": file.weights, "meta": file.meta}
     weight_files.write_pickle(tmp_path / "x.pth", content)
     ours = moe[0].state_dict()
     for rank in range(world):
         content = weight_files.read_pickle(tmp_path / "x.pth")
-        loaded, useless = m3vit_load(content, rank=rank, world=world, tasks=tasks, side=4)
+        loaded, useless = m3vit_load(
+            content, rank=rank, world=world, tasks=tasks, task_dim=task_dim, side=4
+        )
         assert useless == []
         # With three tasks its rule forgets the third gate, whatever is in the file.
         empty = {name for name, tensor in loaded.items() if tensor.isnan().any()}
@@ -246,7 +255,7 @@ def test_m3vits_loader_takes_every_tensor_of_the_file(moe, tmp_path, tasks, worl
             rows = ours["blocks.3.mlp.experts.w_in"][whole * HIDDEN : (whole + 1) * HIDDEN]
             assert torch.equal(loaded["blocks.3.mlp.experts.htoh4.weight"][expert], rows)
         gate = "blocks.3.mlp.gate.0.w_gate" if tasks else "blocks.3.mlp.gate.w_gate"
-        assert torch.equal(loaded[gate].T, ours["blocks.3.mlp.router.gate.weight"])
+        assert torch.equal(loaded[gate][:DIM].T, ours["blocks.3.mlp.router.gate.weight"])
         assert torch.equal(loaded["pos_embed"], ours["pos_embed"])
 
 
@@ -459,6 +468,24 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
         os.umask(old)
     modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {0o640}
+
+
+def test_a_file_is_renamed_into_place_not_copied(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_text("old")
+    with weight_files.in_place_of(path) as partial:
+        partial.write_text("new")
+        written = partial.stat().st_ino
+        assert path.read_text() == "old"
+    assert path.stat().st_ino == written
+
+
+def test_a_checkpoint_is_written_and_read_without_a_warning(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weight_files.write_dcp(tmp_path / "d", WEIGHTS, config={})
+        weight_files.read_dcp(tmp_path / "d", "model")
+    assert not [str(w.message) for w in caught if "distributed is disabled" in str(w.message)]
 
 
 def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path):

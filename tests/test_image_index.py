@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import image_index
-from image_index import check_same_classes, index_images, unpack_archive
+import archives
+from archives import unpack_archive
+from image_index import check_same_classes
+from layouts import index_images
 from tests.images import folder_dataset, tiny_dataset, write_image
 
 
@@ -174,14 +176,14 @@ def test_unpack_leaves_an_existing_folder_or_a_missing_archive_alone(tmp_path):
 
 def test_unpack_accepts_that_another_process_was_first(tmp_path, monkeypatch):
     archive_of(tmp_path / "set.tar.gz", GOOD)
-    extract = image_index._extract
+    extract = archives._extract
 
     def extract_slowly(*args, **kwargs):
         extract(*args, **kwargs)
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "theirs").touch()
 
-    monkeypatch.setattr(image_index, "_extract", extract_slowly)
+    monkeypatch.setattr(archives, "_extract", extract_slowly)
     assert not unpack_archive(tmp_path / "set")
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["theirs"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "set.tar.gz"]
@@ -217,8 +219,8 @@ def test_unpack_refuses_hostile_members_and_writes_nothing(tmp_path, kind):
 
 
 def test_unpack_refuses_too_many_members(tmp_path, monkeypatch):
-    assert image_index.MAX_MEMBERS == 100_000
-    monkeypatch.setattr(image_index, "MAX_MEMBERS", 3)
+    assert archives.MAX_MEMBERS == 100_000
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
     archive_of(tmp_path / "set.tar.gz", [*GOOD, ("set/fourth", None, {})])
     with pytest.raises(ValueError, match=r"member 'set/fourth' exceeds 3 members"):
         unpack_archive(tmp_path / "set")

@@ -1,11 +1,9 @@
-import io
 import itertools
 import os
 import pickle
 import random
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,33 +11,37 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
-from image_index import index_images
+from augment import Normaliser, train_transform, val_transform
+from cropping import resize
+from decoding import read_header, rgb
+from feed import Feed, Tolerance
+from image_reader import ImageReader, decode_rgb
 from imagenet_dataset import (
     NOT_COUNTED,
+    Order,
     TrainImages,
-    decode_rgb,
     epoch_permutation,
-    load_image,
     step_positions,
     train_loader,
-    train_transform,
     val_loader,
-    val_transform,
 )
+from layouts import index_images
 from tests.images import folder_dataset, write_image
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-AUGMENT = train_transform(
-    img_size=(8, 8),
-    scale=(0.2, 1.0),
-    ratio=(0.75, 1.33),
-    hflip=0.5,
-    color_jitter=0.4,
-    interpolation="bicubic",
-    mean=MEAN,
-    std=STD,
-)
+OPTIONS = {
+    "img_size": (8, 8),
+    "scale": (0.2, 1.0),
+    "ratio": (0.75, 1.33),
+    "hflip": 0.5,
+    "color_jitter": 0.4,
+    "interpolation": "bicubic",
+    "mean": MEAN,
+    "std": STD,
+}
+AUGMENT = train_transform(**OPTIONS)
 PLAIN = val_transform(img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=MEAN, std=STD)
 
 
@@ -61,19 +63,25 @@ def train_batches(index, **changes):
         "num_workers": 0,
         "pin_memory": False,
     }
-    return train_loader(index, **{**values, **changes})
+    return train_loader(ImageReader(index), **{**values, **changes})
 
 
 def val_batches(index, **changes):
     values = {"transform": PLAIN, "batch_size": 2, "rank": 0, "world": 1}
-    return val_loader(index, **{**values, "num_workers": 0, "pin_memory": False, **changes})
+    values |= {"num_workers": 0, "pin_memory": False}
+    return val_loader(ImageReader(index), **{**values, **changes})
+
+
+def feed(loader, **changes):
+    values = {"split": "val", "device": torch.device("cpu"), "normaliser": Normaliser(MEAN, STD)}
+    return Feed(loader, **{**values, "tolerance": Tolerance(None), **changes})
 
 
 def assert_same(batches, others):
     batches, others = list(batches), list(others)
     assert len(batches) == len(others) > 0
     for batch, other in zip(batches, others, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(batch[:3], other[:3], strict=True))
 
 
 def test_step_positions_partition_each_step_for_any_world():
@@ -92,7 +100,7 @@ def test_step_positions_partition_each_step_for_any_world():
 
 def test_epoch_visits_each_image_once_and_epochs_differ(root):
     index = index_images(root, "train")
-    dataset = TrainImages(index, transform=PLAIN, seed=3)
+    dataset = TrainImages(ImageReader(index), transform=PLAIN, order=Order(11), seed=3)
     keys = [dataset[position][0].numpy().tobytes() for position in range(22)]
     assert len(set(keys[:11])) == 11
     assert set(keys[:11]) == set(keys[11:])
@@ -112,7 +120,9 @@ def test_order_is_the_same_in_every_version():
 
 
 def test_dataset_keeps_two_permutations(root):
-    dataset = TrainImages(index_images(root, "train"), transform=PLAIN, seed=3)
+    dataset = TrainImages(
+        ImageReader(index_images(root, "train")), transform=PLAIN, order=Order(11), seed=3
+    )
     for position in (0, 11, 22, 33):
         dataset[position]
     assert list(dataset._permutations) == [2, 3]
@@ -161,8 +171,10 @@ def test_augmentation_differs_between_epochs_seeds_and_images(root):
     index = index_images(root, "train")
     for path in index.paths[1:]:
         (index.root / path).write_bytes((index.root / index.paths[0]).read_bytes())
-    images = [TrainImages(index, transform=AUGMENT, seed=5)[p][0] for p in range(22)]
-    images.append(TrainImages(index, transform=AUGMENT, seed=6)[0][0])
+    reader = ImageReader(index_images(root, "train"))
+    changes = {"transform": AUGMENT, "order": Order(11)}
+    images = [TrainImages(reader, **changes, seed=5)[p][0] for p in range(22)]
+    images.append(TrainImages(reader, **changes, seed=6)[0][0])
     assert len({image.numpy().tobytes() for image in images}) == 23
 
 
@@ -276,23 +288,49 @@ def test_validation_of_a_rectangle_never_pads(tmp_path):
     assert (image_CHW > 0).all(), "a padded border would be black"
 
 
-def test_train_transform_equals_torchvision_with_the_same_draws(tmp_path):
-    write_image(tmp_path / "a.png", size=(30, 20))
-    image = decode_rgb(tmp_path / "a.png")
-    bicubic = transforms.InterpolationMode.BICUBIC
-    theirs = transforms.Compose(
-        [
-            transforms.RandomResizedCrop((8, 8), (0.2, 1.0), (0.75, 1.33), bicubic),
-            transforms.RandomHorizontalFlip(0.5),
-            transforms.ColorJitter(0.4, 0.4, 0.4),
-        ]
-    )
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_train_transform_equals_torchvision_with_the_same_draws(tmp_path, mode):
+    write_image(tmp_path / "a.JPEG", size=(70, 90))
+    source = read_header((tmp_path / "a.JPEG").read_bytes())
+    transform = train_transform(**{**OPTIONS, "interpolation": mode})
+    pixels_CHW = torch.from_numpy(rgb(source)).permute(2, 0, 1)
+    mode = transforms.InterpolationMode(mode)
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4)
     with torch.random.fork_rng(devices=[]):
         for seed in range(5):
             torch.manual_seed(seed)
-            ours = AUGMENT(image)
+            ours = transform(source)
             torch.manual_seed(seed)
-            torch.testing.assert_close(ours, normalised(theirs(image)), atol=1e-6, rtol=0)
+            box = transforms.RandomResizedCrop.get_params(pixels_CHW, [0.2, 1.0], [0.75, 1.33])
+            cropped = v2.functional.resized_crop(pixels_CHW, *box, [8, 8], mode, antialias=True)
+            image = v2.functional.to_pil_image(cropped)
+            theirs = jitter(transforms.RandomHorizontalFlip(0.5)(image))
+            torch.testing.assert_close(ours, normalised(theirs), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_our_resize_is_near_pillows(mode):
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    theirs = np.asarray(Image.fromarray(pixels_HWC).resize((32, 40), filters[mode])).astype(int)
+    ours = resize(pixels_HWC, (40, 32), mode=transforms.InterpolationMode(mode))
+    difference = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - theirs)
+    assert difference.max() <= 3
+    assert difference.mean() < 0.05
+
+
+def test_normalising_a_batch_on_the_device_changes_no_bit(root):
+    index = index_images(root, "train")
+    whole = train_transform(**OPTIONS)
+    raw = train_transform(**OPTIONS, is_raw=True)
+    batches = list(train_batches(index, transform=raw))
+    assert batches[0].image_BCHW.dtype == torch.uint8
+    assert_same(train_batches(index, transform=whole), feed(train_batches(index, transform=raw)))
+
+
+def test_a_batch_that_is_normalised_already_is_left_alone(root):
+    index = index_images(root, "train")
+    assert_same(train_batches(index), feed(train_batches(index)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "LA"])
@@ -311,36 +349,3 @@ def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.png")
     pixels = np.array(decode_rgb(tmp_path / "a.png"))
     assert pixels[0, :, 0].tolist() == pixels[0, :, 2].tolist() == [0, 0, 1, 128, 255]
-
-
-def test_damaged_png_behind_a_jpeg_suffix_is_read_or_named(root):
-    index = index_images(root, "train")
-    write_image(root / "p.png")
-    (index.root / index.paths[4]).write_bytes((root / "p.png").read_bytes())
-    assert load_image(index, 4).mode == "RGB"
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "gone"])
-def test_unreadable_image_is_named(root, damage, num_workers):
-    index = index_images(root, "val")
-    path = index.root / index.paths[0]
-    content = {"empty": b"", "truncated": path.read_bytes()[:-200], "text": b"hello"}
-    path.unlink() if damage == "gone" else path.write_bytes(content[damage])
-    size = "no such file" if damage == "gone" else f"{len(content[damage])} bytes"
-    with pytest.raises(ValueError, match=rf"dataset\.val: image 0, .*JPEG \({size}\): cannot"):
-        list(val_batches(index, num_workers=num_workers))
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [9_500, 20_000])
-def test_decompression_bomb_is_an_error_before_it_is_decoded(root, side):
-    index = index_images(root, "val")
-    header = io.BytesIO()
-    Image.new("1", (8, 8)).save(header, "PNG")
-    raw = bytearray(header.getvalue())
-    raw[16:24] = side.to_bytes(4, "big") * 2
-    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
-    (index.root / index.paths[0]).write_bytes(raw)
-    with pytest.raises(ValueError, match=r"image 0, .* pixels"):
-        load_image(index, 0)

@@ -257,6 +257,16 @@ def test_combine_and_its_gradients(backend_device):
     assert max(norm(a.cpu() - b) / norm(b) for a, b in pairs) <= 1e-6
 
 
+def test_a_dropped_choice_adds_nothing_whatever_the_rows_hold(backend_device):
+    backend, device = backend_device
+    y_RD = torch.tensor([[float("nan")], [2.0]], device=device)
+    inverse_R = torch.tensor([1, -1, -1, -1, 0, 1], dtype=torch.int32, device=device)
+    weight_Tk = torch.full((3, 2), 0.5, device=device)
+    y_TD = kernels.combine(y_RD, weight_Tk, inverse_R, backend=backend).cpu()
+    assert y_TD[:2, 0].tolist() == [1.0, 0.0]
+    assert y_TD[2, 0].isnan()
+
+
 def test_gather_rows_and_its_gradient(backend_device):
     backend, device = backend_device
     x_TD = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -125,7 +125,7 @@ def test_a_wrong_rival_is_an_error_row_and_is_not_timed():
 
 
 def test_ours_wrong_stops_the_benchmark():
-    with pytest.raises(ValueError, match=r"moevit, Case.*relative error"):
+    with pytest.raises(ValueError, match=r"moevit, 16x24 E4 k2.*relative error"):
         prepared({"moevit": changed(lambda forward: lambda: 1.01 * forward())})
 
 
@@ -133,6 +133,22 @@ def test_without_a_gpu_only_a_dry_run_starts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA device: --dry"):
         moe_gpu.main([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(["--match", "E9 "], "matches no case"), (["--tune"], "give one of both")],
+)
+def test_a_run_without_effect_is_refused(arguments, error):
+    with pytest.raises(ValueError, match=error):
+        moe_gpu.main(["--dry", *arguments])
+
+
+def test_only_cases_that_match_are_measured(tmp_path):
+    out = tmp_path / "result.json"
+    moe_gpu.main(["--dry", "--repeats", "2", "--match", "swiglu", "--out", str(out)])
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["case"]["activation"] == "swiglu"
 
 
 def test_floors_are_those_of_peak_and_bandwidth():
@@ -265,6 +281,7 @@ def test_kernels_are_timed_one_by_one_in_the_interpreter(tmp_path):
     out = tmp_path / "result.json"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "benchmarks.moe_gpu", "--dry", "--repeats", "2"]
+    command += ["--match", "swiglu"]
     subprocess.run([*command, "--out", str(out)], env=environment, check=True)
     result = json.loads(out.read_text())
     assert result["backend"] == "triton"
@@ -273,3 +290,16 @@ def test_kernels_are_timed_one_by_one_in_the_interpreter(tmp_path):
         others = {"router", "plan", "schedule", "combine", "combine dx", "gate_grad"}
         assert set(rows) == PRODUCTS | others | {"db_in", "db_out"}
         assert all(set(rows[name]["time_over"]) == {"bmm", "grouped_mm"} for name in PRODUCTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("shape", [*moe_gpu.SHAPES, (192, 768)])
+def test_tiles_of_the_table_are_right_in_bf16(shape, activation):
+    case = Case(*shape, 8, 2, 3000, "one empty", activation)
+    problem = moe_rivals.draw(case, device=torch.device("cuda"), dtype=torch.bfloat16)
+    build = moe_gpu.builders("triton")[0]
+    ours = {name: make for name, make in build.items() if name.startswith("moevit")}
+    right, _ = moe_check.prepare(problem, ours, errors=())
+    assert set(right) == set(ours)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from timm.models import VisionTransformer as VisionTransformerOfTimm
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
@@ -61,6 +61,54 @@ def test_decay_groups_equal_timm():
         for parameter in group["params"]
     }
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"reg_tokens": 2, "pre_norm": True, "init_values": 0.1, "no_embed_class": True},
+        {"global_pool": "avg", "qk_norm": True},
+        {"global_pool": "map"},
+    ],
+    ids=str,
+)
+def test_layer_decay_groups_equal_timm(more):
+    options = {"img_size": 32, "embed_dim": 48, "depth": 3, "num_heads": 3, **more}
+    theirs = VisionTransformerOfTimm(**options)
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    groups = param_groups_layer_decay(
+        theirs, 0.1, no_weight_decay_list=theirs.no_weight_decay(), layer_decay=0.65
+    )
+    expected = {
+        names[id(parameter)]: (group["weight_decay"], pytest.approx(group["lr_scale"]))
+        for group in groups
+        for parameter in group["params"]
+    }
+    ours = VisionTransformer(**options)
+    names = {id(parameter): name for name, parameter in ours.named_parameters()}
+    groups = optim.parameter_groups(
+        ours.named_parameters(), weight_decay=0.1, layer_decay=0.65, depth=3
+    )
+    found = {
+        names[id(parameter)]: (group["weight_decay"], group["lr_scale"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    if "reg_tokens" in more:  # a token, which timm's list leaves out
+        expected["reg_token"] = (0.0, expected["reg_token"][1])
+    assert found == expected
+    assert found["head.weight"][1] == 1
+    assert found["blocks.0.attn.qkv.weight"][1] == pytest.approx(0.65**3)
+
+
+def test_each_group_has_its_share_of_the_learning_rate():
+    parameters = [(f"blocks.{i}.weight", torch.nn.Parameter(torch.zeros(2, 2))) for i in (0, 1)]
+    groups = optim.parameter_groups(parameters, weight_decay=0.1, layer_decay=0.5, depth=2)
+    optimizer = optim.build_optimizer("sgd", groups, betas=(0.9, 0.9), eps=1e-8, momentum=0.9)
+    optim.set_lr(optimizer, 8.0)
+    lrs = {id(group["params"][0]): group["lr"] for group in optimizer.param_groups}
+    assert [lrs[id(parameter)] for _, parameter in parameters] == [2.0, 4.0]
 
 
 def test_frozen_parameters_are_in_no_group():

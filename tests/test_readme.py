@@ -22,6 +22,7 @@ SHRUNK = [
     "model.vit.depth=2",
     "model.vit.num_heads=3",
     "model.vit.drop_path_rate=0",
+    "dataset.train.repeats=1",
     "dataset.train.batch_size=2",
     "dataset.num_workers=0",
     "optimizer.warmup_steps=0",
@@ -84,9 +85,40 @@ def test_make_train_and_what_its_table_says_to_type_next(image_folder, tmp_path)
     assert "train/loss" in run(words).stdout
 
 
+@pytest.fixture(scope="module")
+def runs(image_folder, tmp_path_factory):
+    """Run folders of a dense model and of one with experts, by the README's names of them."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, config in (("vit", "vit_tiny_patch8_64"), ("moe", "vit_moe_tiny_patch8_64")):
+        train(["python", "train.py", "--config-name", config], image_folder, root / name)
+    return {"ckpts/vit": root / "vit", "ckpts/moe": root / "moe"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith(("python evaluate.py", "python export.py"))]
+)
+def test_command_on_a_run_folder(command, runs, tmp_path):
+    words = [str(runs.get(word, word)) for word in shlex.split(command)[1:]]
+    if "--output" in words:
+        place = words.index("--output") + 1
+        words[place] = str(tmp_path / words[place])
+    done = run([sys.executable, *words])
+    assert done.stdout
+    if "--output" in words:
+        assert Path(words[place]).exists()
+
+
 def test_every_command_is_run_by_a_test():
     others = [c for c in COMMANDS if "train.py" not in c]
-    known = ("make train", "make test", "python -m torch.distributed.checkpoint", "tensorboard")
+    known = (
+        "python evaluate.py",
+        "python export.py",
+        "make train",
+        "make test",
+        "python -m torch.distributed.checkpoint",
+        "tensorboard",
+    )
     assert not [c for c in others if not c.startswith(known)]
 
 

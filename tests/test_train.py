@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import assemble
 import checkpoint
 import distributed
+import losses
 import models
 import optim
 import sharding
@@ -89,20 +90,37 @@ def train_and_watch(world, config, stop_before):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stop_after_7_of_12_steps_and_resume_is_12_steps_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit_from_each_of_12_save_points(
     ranks, small_run, tmp_path, workers
 ):
-    options = [*RESUME, f"dataset.num_workers={workers}"]
+    options = [*RESUME, f"dataset.num_workers={workers}", "training.checkpoint.interval=1"]
+    options.append("training.checkpoint.keep_last=12")
     whole = small_run(*options, f"training.checkpoint.path={tmp_path / 'whole'}")
-    parted = small_run(*options, f"training.checkpoint.path={tmp_path / 'parted'}")
+    uninterrupted = ranks(2, train_and_watch, whole, None)
+    for saved in range(1, 13):
+        path = tmp_path / f"from_{saved}"
+        path.mkdir()
+        (folder,) = (tmp_path / "whole").glob(f"step_{saved}_*")
+        folder.rename(path / folder.name)
+        parted = small_run(*options, f"training.checkpoint.path={path}")
+        resumed = ranks(2, train_and_watch, parted, None)
+        for (seen, final), (seen_after, final_after) in zip(uninterrupted, resumed, strict=True):
+            assert seen_after == seen[saved:], "same images, same pixels, same learning rates"
+            if saved < 12:
+                assert final_after == final, "same weights, average and optimizer state"
+
+
+def test_a_run_killed_in_a_step_resumes_bit_for_bit(ranks, small_run, tmp_path):
+    whole = small_run(*RESUME, f"training.checkpoint.path={tmp_path / 'whole'}")
+    parted = small_run(*RESUME, f"training.checkpoint.path={tmp_path / 'parted'}")
     uninterrupted = ranks(2, train_and_watch, whole, None)
     with pytest.raises(pytest.fail.Exception, match="died"):
-        ranks(2, train_and_watch, parted, 7)
+        ranks(2, train_and_watch, parted, 9)
     resumed = ranks(2, train_and_watch, parted, None)
     for (seen, final), (seen_after, final_after) in zip(uninterrupted, resumed, strict=True):
         assert [step for step, *_ in seen_after] == [7, 8, 9, 10, 11]
-        assert seen_after == seen[7:], "same images, same pixels, same learning rates"
-        assert final_after == final, "same weights and optimizer state"
+        assert seen_after == seen[7:]
+        assert final_after == final
 
 
 LOOP = [
@@ -130,17 +148,17 @@ def plain_loop(world, config):
         half_cosine = 0.5 * (1 + math.cos(math.pi * (step - 2)))
         lr = o.lr * (step + 1) / 2 if step < 2 else o.min_lr + (o.lr - o.min_lr) * half_cosine
         optimizer.zero_grad()
-        losses = []
+        parts_of_loss = []
         for _ in range(accum):
             batch = next(batches)
             loss = F.cross_entropy(model(batch.image_BCHW), batch.label_B, label_smoothing=0.1)
             (loss / accum).backward()
-            losses.append(loss.item())
+            parts_of_loss.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm).item()
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        lines.append({"loss": sum(losses) / accum, "grad_norm": norm, "lr": lr})
+        lines.append({"loss": sum(parts_of_loss) / accum, "grad_norm": norm, "lr": lr})
     return {name: p.detach() for name, p in model.named_parameters()}, lines
 
 
@@ -217,26 +235,29 @@ def test_averaged_weights_on_any_mesh_are_the_average_over_one_process(
     assert val["ema_val_loss"] != val["val_loss"]
 
 
-def validation_loss(world, config):
+def validation_losses(world, config):
     run, _ = assemble.prepare(config, world)
     with torch.no_grad():
         for shard in run.shards:
             shard.local.mul_(1.5)
     sharding.install_weights(run.model)
-    before = train.validate(run)
-    both = train.validate_all(run)
-    return before, both, train.validate(run)
+    figures = [train.validate(run), train.validate_all(run), train.validate(run)]
+    return [{name: one.get(name) for name in ("val_loss", "ema_val_loss")} for one in figures]
 
 
-def test_validating_the_average_uses_it_and_leaves_the_weights_alone(ranks, small_run):
-    config = small_run("training.ema_decay=0.9")
-    ((before, both, after),) = ranks(1, validation_loss, config)
+@pytest.mark.parametrize("strategy", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world_size", "options"), [(1, []), (2, []), (2, ["distributed.ep=2"])])
+def test_validating_the_average_uses_it_and_leaves_the_weights_alone(
+    ranks, small_run, world_size, options, strategy
+):
+    moe = ["model.moe.num_experts=4", f"fsdp.zero_dp_strategy={strategy}"]
+    config = small_run("training.ema_decay=0.9", *moe, *options)
+    (fresh,) = ranks(1, lambda world: train.validate(assemble.prepare(small_run(*moe), world)[0]))
+    fresh = fresh["val_loss"]
+    before, both, after = ranks(world_size, validation_losses, config)[0]
     assert before == after
-    assert both["val_loss"] == before["val_loss"]
-    ((fresh, _, _),) = ranks(
-        1, lambda w, c: (train.validate(assemble.prepare(c, w)[0]), 0, 0), config
-    )
-    assert both["ema_val_loss"] == fresh["val_loss"], "the average still has the first values"
+    assert both["val_loss"] == before["val_loss"] != pytest.approx(fresh, rel=1e-4)
+    assert both["ema_val_loss"] == pytest.approx(fresh, rel=1e-6), "the average is the first values"
 
 
 def test_the_loop_seeds_and_communicates_as_it_says(ranks, small_run):
@@ -300,7 +321,10 @@ def validate_small(world, config):
             if shard.name == "head.weight":
                 shard.local.mul_(50)
     sharding.install_weights(run.model)
-    counted = [int((batch.label_B != NOT_COUNTED).sum()) for batch in assemble.val_batches(run)]
+    counted = [
+        int((batch.label_B != NOT_COUNTED).sum())
+        for batch in assemble.val_batches(run.config, run.val_index, run.world)
+    ]
     return train.validate(run), sum(counted)
 
 
@@ -327,7 +351,7 @@ def test_validation_figures_equal_a_plain_loop(ranks, small_run):
         model = models.build_model(config, backend="torch", on_meta=False).eval()
         with torch.no_grad():
             model.head.weight.mul_(50)
-            batches = list(assemble.val_batches(run))
+            batches = list(assemble.val_batches(run.config, run.val_index, run.world))
             logits_BY = torch.cat([model(batch.image_BCHW) for batch in batches])
         label_B = torch.cat([batch.label_B for batch in batches])
         top1 = (logits_BY.argmax(1) == label_B).double().mean().item()
@@ -493,7 +517,7 @@ def test_loss_equals_its_closed_form():
     logits_BY = torch.tensor([[2.0, 0.0, -1.0]])
     log_p = (logits_BY - logits_BY.logsumexp(1, keepdim=True))[0]
     expected = -(0.9 * log_p[1] + 0.1 * log_p.mean())
-    loss = train.smoothed_loss(logits_BY, torch.tensor([1]), smoothing=0.1)
+    loss = losses.smoothed_loss(logits_BY, torch.tensor([1]), smoothing=0.1)
     torch.testing.assert_close(loss, expected)
 
 
@@ -509,7 +533,7 @@ def test_the_command_line_trains_and_a_second_call_resumes(image_folder, tmp_pat
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "train.py"]
     options = [
         "model.vit.num_classes=3",
-        "model.vit.depth=1",
+        "model.vit.depth=2",
         "optimizer.warmup_steps=0",
         "device=cpu",
         f"dataset.train.root={image_folder}",

@@ -12,7 +12,7 @@ import kernels
 import triton_kernels
 import triton_tiles
 import triton_tune
-from benchmarks import moe_kernels, moe_rivals
+from benchmarks import moe_gpu, moe_kernels, moe_rivals
 from triton_seam import OutOfResources
 from triton_tiles import DEFAULT_TILES, FP32_TILES, LayerSize, Tile, Tiles
 
@@ -179,17 +179,16 @@ def test_a_tile_without_room_is_slower_than_any(monkeypatch):
 
 def test_tuning_adds_an_entry_and_keeps_the_others(monkeypatch, tmp_path):
     monkeypatch.setattr(triton_tune, "tune", lambda sample, timer: DEFAULT_TILES)
-    from benchmarks import moe_gpu
-
-    table = tmp_path / "tiles.json"
-    moe_gpu.main(["--tune", "--dry", "--table", str(table)])
+    table, cases = tmp_path / "tiles.json", moe_gpu.all_cases("dry")
+    setting = moe_gpu.setting_of(is_dry=True, repeats=2)
+    moe_gpu.tune(cases, setting, table=table, deadline_s=math.inf)
     entries = triton_tiles.read_table(table)
     shipped = triton_tiles.read_table(triton_tiles.TABLE)
     added = {key: tiles for key, tiles in entries.items() if key not in shipped}
     assert {key: entries[key] for key in shipped} == shipped
     expected = LayerSize(32, 64, False, num_experts=4, dtype="float32", max_rows=128)
     assert added[expected] == DEFAULT_TILES
-    assert len(added) == len(moe_gpu.all_cases("dry"))
+    assert len(added) == len(cases)
 
 
 def test_a_sample_is_what_the_layer_computes_with():

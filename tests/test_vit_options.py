@@ -40,6 +40,7 @@ CHANGED = {
     "proj_bias": False,
     "init_values": 0.5,
     "class_token": False,
+    "distilled": True,
     "pos_embed": "none",
     "no_embed_class": True,
     "reg_tokens": 1,
@@ -54,6 +55,7 @@ CHANGED = {
     "proj_drop_rate": 0.5,
     "attn_drop_rate": 0.5,
     "drop_path_rate": 0.5,
+    "drop_path_uniform": True,
     "weight_init": "moco",
     "fix_init": True,
     "grad_checkpointing": True,
@@ -82,6 +84,13 @@ def behaviour(**options):
             outputs.append(str(error))
     shown = [o if isinstance(o, str) else o.item() for o in outputs]
     return state, shown, len(calls)
+
+
+def test_drop_path_can_be_uniform_over_blocks_even_over_one():
+    for depth in (1, 3):
+        options = SMALL | {"depth": depth, "drop_path_rate": 0.3, "drop_path_uniform": True}
+        blocks = vit.VisionTransformer(**options).blocks
+        assert [block.drop_path.drop_prob for block in blocks] == [0.3] * depth
 
 
 @pytest.mark.parametrize("option", inspect.signature(vit.VisionTransformer).parameters)
@@ -116,6 +125,7 @@ def test_options_are_the_arguments_of_the_constructor():
         ({"mlp_ratio": 0.0}, "mlp_ratio=0"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate=1.0: must be in \[0, 1\)"),
         ({"drop_path_rate": 0.1, "depth": 1}, "no effect with depth=1"),
+        ({"drop_path_uniform": True}, "drop_path_uniform=True: has no effect with drop_path_rate"),
         ({"patch_drop_rate": 0.1, "patch_size": 32}, "no effect on one patch"),
         ({"pos_drop_rate": 0.1, "pos_embed": "none"}, "no effect with pos_embed=none"),
         ({"no_embed_class": True, "pos_embed": "none"}, "no effect without a position"),

@@ -1,0 +1,218 @@
+"""What turns a decoded image into a network's input: for training with chance, else without.
+
+    training:   crop -> flip -> auto-augment -> color jitter -> normalise -> random erasing
+    validation: resize -> centre crop -> normalise
+
+The order and the operations are timm's. Chance comes from the global generators of torch, Python
+and NumPy, as those operations have it; `drawing_from` seeds them for one image and puts them back.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import (
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, functional
+
+from cropping import RandomResizedCrop, Size, as_image, to_image
+from decoding import Encoded
+
+Rgb = tuple[float, float, float]
+Source = Encoded | Image.Image
+Transform = Callable[[Source], Tensor]
+
+NUMPY_SEEDS = 2**32
+BITS = 8  # of a pixel's channel
+SRC_PADDING_PX = 4
+AUGMIX_SHARE = 0.3  # of the image, that AugMix shifts it by at most; timm's other policies 0.45
+
+
+@contextlib.contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Let all that draws on the CPU follow `seed`; the generators' states come back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: it also reseeds CUDA, and with it the dropout of the model.
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % NUMPY_SEEDS)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def train_transform(
+    *,
+    img_size: Size,
+    crop: str = "rrc",
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    hflip: float,
+    auto_augment: str | None = None,
+    color_jitter: float,
+    reprob: float = 0.0,
+    remode: str = "pixel",
+    recount: int = 1,
+    interpolation: str,
+    mean: Rgb,
+    std: Rgb,
+    is_raw: bool = False,
+) -> Transform:
+    """Return what crops to (height, width), flips, augments, normalises and erases at random.
+
+    Crop "rrc" resizes a part of random area and aspect, "src" resizes all and shifts it a bit.
+    `auto_augment` is a policy of timm, or "3aug" for that of DeiT III. Random erasing has
+    probability `reprob` and at most `recount` boxes. `interpolation` is a filter, or "random" for
+    bilinear or bicubic by chance (with crop "rrc" only). `is_raw` leaves the pixels uint8, for
+    `Normaliser.batch`; what is erased has to be normalised before.
+
+    Source: timm's `transforms_imagenet_train`; DeiT III (arXiv:2204.07118), sections 3.2 and 3.3.
+    """
+    steps = _crop(crop, img_size, scale=scale, ratio=ratio, interpolation=interpolation)
+    if crop == "rrc" and interpolation != "random" and (auto_augment or color_jitter):
+        steps.append(to_image)
+    if hflip > 0:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    if auto_augment is not None:
+        steps.append(auto_augmentation(auto_augment, interpolation=interpolation, mean=mean))
+    if color_jitter > 0:
+        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
+    assert not (is_raw and reprob > 0), "random erasing fills with normalised noise"
+    steps.append(to_pixels if is_raw else Normaliser(mean, std))
+    if reprob > 0:
+        steps.append(RandomErasing(reprob, mode=remode, max_count=recount, device="cpu"))
+    return transforms.Compose(steps)
+
+
+def _crop(
+    kind: str,
+    img_size: Size,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    interpolation: str,
+) -> list[Callable]:
+    if interpolation == "random":
+        return [as_image, RandomResizedCropAndInterpolation(img_size, scale, ratio, "random")]
+    mode = InterpolationMode(interpolation)
+    if kind == "rrc":
+        return [RandomResizedCrop(img_size, scale=scale, ratio=ratio, mode=mode)]
+    resize = partial(_resize_to_cover, size=img_size, mode=mode)
+    return [
+        as_image,
+        resize,
+        transforms.RandomCrop(img_size, SRC_PADDING_PX, padding_mode="reflect"),
+    ]
+
+
+def auto_augmentation(
+    name: str, *, interpolation: str, mean: Rgb
+) -> Callable[[Image.Image], Image.Image]:
+    """Return timm's policy `name`, set up as timm does for training.
+
+    3-Augment is one of grayscale, solarisation and Gaussian blur of radius U(0.1, 2), each as
+    likely. Source: RandAugment (arXiv:1909.13719); AugMix (arXiv:1912.02781); AutoAugment
+    (arXiv:1805.09501); DeiT III (arXiv:2204.07118), section 3.2.
+    """
+    options: dict[str, object] = {
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+    }
+    if interpolation != "random":
+        options["interpolation"] = str_to_pil_interp(interpolation)
+    if name.startswith("rand"):
+        policy = rand_augment_transform(name, options)
+        operations = policy.ops
+    elif name.startswith("augmix"):
+        policy = augment_and_mix_transform(name, options | {"translate_pct": AUGMIX_SHARE})
+        operations = policy.ops
+    else:
+        policy = auto_augment_transform(name.replace("3aug", "3a"), options)
+        operations = [operation for pair in policy.policy for operation in pair]
+    for operation in operations:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    # Policies ask for 0 bits or fewer at high magnitudes: black. Pillow 13 refuses, timm 1.0.31
+    # has not noticed.
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    return image if bits_to_keep >= BITS else ImageOps.posterize(image, bits_to_keep)
+
+
+def val_transform(
+    *,
+    img_size: Size,
+    crop_ratio: float,
+    interpolation: str,
+    mean: Rgb,
+    std: Rgb,
+    is_raw: bool = False,
+) -> Transform:
+    """Resize to cover img_size / crop_ratio, cut (height, width) from the centre, normalise.
+
+    `is_raw` leaves the pixels uint8, for `Normaliser.batch`.
+    """
+    mode = InterpolationMode(interpolation)
+    cover = (round(img_size[0] / crop_ratio), round(img_size[1] / crop_ratio))
+    resize = partial(_resize_to_cover, size=cover, mode=mode)
+    last = to_pixels if is_raw else Normaliser(mean, std)
+    return transforms.Compose([as_image, resize, transforms.CenterCrop(img_size), last])
+
+
+def _resize_to_cover(image: Image.Image, *, size: Size, mode: InterpolationMode) -> Image.Image:
+    height = max(size[0], size[1] * image.height // image.width)
+    width = max(size[1], size[0] * image.width // image.height)
+    return functional.resize(image, [height, width], mode)  # the same size is returned untouched
+
+
+class Normaliser:
+    """(x / 255 - mean) / std as one multiply and one add, of one image or a batch on any device."""
+
+    def __init__(self, mean: Rgb, std: Rgb) -> None:
+        mean_C11, std_C11 = (
+            torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std)
+        )
+        self.gain_C11 = (1 / (255 * std_C11)).float()
+        self.offset_C11 = (-mean_C11 / std_C11).float()
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Return float32 image_CHW of a Pillow image or of uint8 image_CHW."""
+        image_CHW = to_pixels(image).to(torch.float32)
+        return image_CHW.mul_(self.gain_C11).add_(self.offset_C11)
+
+    def batch(self, image_BCHW: Tensor) -> Tensor:
+        """Return float32 of uint8 images, bit for bit what they are one by one."""
+        gain_C11, offset_C11 = (
+            value.to(image_BCHW.device) for value in (self.gain_C11, self.offset_C11)
+        )
+        if image_BCHW.is_cuda:
+            return image_BCHW.to(torch.float32).mul_(gain_C11).add_(offset_C11)
+        # One by one they stay in a CPU's cache between the three passes: a third of the time.
+        normal_BCHW = torch.empty(image_BCHW.shape)
+        for image_CHW, normal_CHW in zip(image_BCHW, normal_BCHW, strict=True):
+            normal_CHW.copy_(image_CHW).mul_(gain_C11).add_(offset_C11)
+        return normal_BCHW
+
+
+def to_pixels(image: Image.Image | Tensor) -> Tensor:
+    """Return uint8 image_CHW of a Pillow image; of a tensor the same, contiguous."""
+    if isinstance(image, Image.Image):
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return image.contiguous()

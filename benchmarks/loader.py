@@ -1,0 +1,288 @@
+"""Time our training loader against torchvision's ImageFolder + DataLoader on the same JPEGs.
+
+    python -m benchmarks.loader [--images 400] [--rounds 6] [--workers 2] [--keep FOLDER]
+
+Both crop at random to 224 x 224 (bilinear), flip and normalise, in batches of 64 float32 images, by
+as many worker processes; rounds alternate forwards and backwards. Before anything is timed, both
+are shown the same crop of every file and must agree within the difference of their resizing.
+Rows:
+  torchvision            ImageFolder + DataLoader as its tutorials have it, Pillow
+  moevit, <decoder>      Feed over train_loader; "tar": the same images in shards
+  decode only, <decoder> all pixels of each file, one process: the floor times the number of cores
+
+`images_per_s` is by the wall clock, `cpu_ms` the time of all processes per image, which other work
+on the machine disturbs less; `of_floor` is the decoder's own cpu_ms / cpu_ms, and by the wall clock
+images_per_s / (cores x decode-only images_per_s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from augment import Normaliser, train_transform
+from benchmarks import common
+from data import pack
+from decoding import pick_decoder, read_header, rgb
+from feed import Feed, Tolerance
+from image_reader import ImageReader
+from imagenet_dataset import train_loader
+from layouts import index_images
+
+SIZE, QUALITY, CLASSES, BATCH, CROP = (500, 375), 90, 10, 64, 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OCTAVES = {4: 60, 16: 40, 64: 30, 250: 14}  # cells across -> amplitude, about as in photographs
+GRAIN = 8  # levels of noise: with it a file has ImageNet's 110 kB
+Loader = Iterable[object]
+
+
+def picture(seed: int) -> Image.Image:
+    """Return noise with the falling spectrum of a photograph."""
+    rng = np.random.default_rng(seed)
+    pixels_HWC = np.full((SIZE[1], SIZE[0], 3), 128.0)
+    for cells, amplitude in OCTAVES.items():
+        coarse = rng.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8)
+        smooth = Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)
+        pixels_HWC += (np.asarray(smooth, dtype=float) - 128) * (amplitude / 100)
+    pixels_HWC += rng.normal(0, GRAIN, (SIZE[1], SIZE[0], 1))
+    return Image.fromarray(np.clip(pixels_HWC, 0, 255).astype(np.uint8))
+
+
+def make_images(root: Path, count: int) -> None:
+    """Write an ImageFolder of `count` JPEGs."""
+    for number in range(count):
+        path = root / "train" / f"n{number % CLASSES:08d}" / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(path, quality=QUALITY)
+
+
+def rival(root: Path, workers: int) -> DataLoader:
+    """Return torchvision's loader."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(CROP),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return DataLoader(
+        ImageFolder(root / "train", transform),
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def ours(root: Path, workers: int, *, decoder: str, steps: int) -> Feed:
+    """Return our loader for as many batches, on the CPU."""
+    transform = train_transform(
+        img_size=(CROP, CROP),
+        scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        hflip=0.5,
+        color_jitter=0.0,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        is_raw=True,
+    )
+    loader = train_loader(
+        ImageReader(index_images(root, "train"), decoder=decoder),
+        transform=transform,
+        batch_size=BATCH,
+        grad_accum_steps=1,
+        start_step=0,
+        num_steps=steps,
+        rank=0,
+        world=1,
+        seed=0,
+        num_workers=workers,
+        pin_memory=False,
+    )
+    return Feed(
+        loader,
+        split="train",
+        device=torch.device("cpu"),
+        normaliser=Normaliser(MEAN, STD),
+        tolerance=Tolerance(None),
+    )
+
+
+def check(root: Path) -> dict[str, float]:
+    """Compare both pipelines' pixels on the same crops; return the difference in levels.
+
+    Raises:
+        ValueError: They differ by more than their resizing does.
+    """
+    index = index_images(root, "train")
+    theirs = transforms.RandomResizedCrop(CROP)
+    transform = train_transform(
+        img_size=(CROP, CROP),
+        scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        hflip=0.0,
+        color_jitter=0.0,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        is_raw=True,
+    )
+    differences = []
+    for image, path in enumerate(index.paths[:32]):
+        torch.manual_seed(image)
+        wanted_HWC = np.asarray(theirs(Image.open(index.root / path).convert("RGB")), dtype=int)
+        torch.manual_seed(image)
+        found_CHW = transform(ImageReader(index)(image))
+        differences.append(np.abs(found_CHW.permute(1, 2, 0).numpy() - wanted_HWC))
+    levels = {
+        "mean": float(np.mean(differences)),
+        "max": float(max(item.max() for item in differences)),
+    }
+    if levels["max"] > 1:
+        raise ValueError(f"the loaders' pixels differ by up to {levels['max']} levels")
+    return levels
+
+
+def cpu_s() -> float:
+    """Return the CPU time of this process and of its children that have ended."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
+
+
+def workers_cpu_s(iterator: object) -> float:
+    """Return the CPU time of a loader's living workers."""
+    total = 0.0
+    for worker in getattr(iterator, "_workers", ()):
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / 100  # in ticks of 10 ms
+    return total
+
+
+def timed(loader: Loader, workers_of: Callable[[], object]) -> tuple[float, float, int]:
+    """Return seconds by the wall clock, CPU seconds and images of one pass."""
+    start, used = time.perf_counter(), cpu_s() + workers_cpu_s(workers_of())
+    count = sum(len(batch[0]) for batch in loader)  # type: ignore[index]
+    return time.perf_counter() - start, cpu_s() + workers_cpu_s(workers_of()) - used, count
+
+
+def decode_all(files: list[bytes], decoder: str) -> Callable[[], tuple[float, float, int]]:
+    """Return a run that decodes every pixel of every file in this process."""
+
+    def run() -> tuple[float, float, int]:
+        start, used = time.perf_counter(), time.process_time()
+        for data in files:
+            rgb(read_header(data, decoder=decoder))
+        return time.perf_counter() - start, time.process_time() - used, len(files)
+
+    return run
+
+
+def build(root: Path, shards: Path, *, workers: int, count: int) -> dict[str, Callable]:
+    """Return the timed run of each row."""
+    decoders = sorted({pick_decoder("auto")[0], "pillow"}, reverse=True)
+    steps = count // BATCH
+    loaders: dict[str, DataLoader | Feed] = {"torchvision": rival(root, workers)}
+    for decoder in decoders:
+        loaders[f"moevit, {decoder}"] = ours(root, workers, decoder=decoder, steps=steps)
+    loaders[f"moevit, {decoders[0]}, tar"] = ours(
+        shards, workers, decoder=decoders[0], steps=steps
+    )
+    runs: dict[str, Callable] = {}
+    for name, loader in loaders.items():
+        inner = loader.loader if isinstance(loader, Feed) else loader
+        runs[name] = lambda loader=loader, inner=inner: timed(loader, lambda: inner._iterator)
+    paths = sorted((root / "train").rglob("*.JPEG"))
+    files = [path.read_bytes() for path in paths]
+    for decoder in decoders:
+        runs[f"decode only, {decoder}"] = decode_all(files, decoder)
+    return runs
+
+
+def measure(runs: dict[str, Callable], *, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return (wall ms, CPU ms) per image of each run and round; one round warms up."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name in list(runs) if number % 2 else list(reversed(runs)):
+            wall_s, used_s, count = runs[name]()
+            if number:
+                found[name].append((1000 * wall_s / count, 1000 * used_s / count))
+    return found
+
+
+def summarise(found: dict[str, list[tuple[float, float]]], *, workers: int) -> list[common.Row]:
+    """Return a row per loader: medians, and ratios within a round."""
+    rows: list[common.Row] = []
+    rival_ms = found["torchvision"]
+    for name, pairs in found.items():
+        wall_ms, cpu_ms = (statistics.median(values) for values in zip(*pairs, strict=True))
+        row: common.Row = {
+            "loader": name,
+            "images_per_s": round(1000 / wall_ms),
+            "cpu_ms": round(cpu_ms, 3),
+        }
+        if not name.startswith("decode"):
+            decoder = name.split(", ")[1] if "," in name else "pillow"
+            floor_ms = found[f"decode only, {decoder}"]
+            row["over_torchvision"] = _ratio(rival_ms, pairs, 0)
+            row["over_torchvision_cpu"] = _ratio(rival_ms, pairs, 1)
+            row["of_floor"] = round(_ratio(floor_ms, pairs, 0) / workers, 3)
+            row["of_floor_cpu"] = _ratio(floor_ms, pairs, 1)
+        rows.append(row)
+    return rows
+
+
+def _ratio(
+    theirs: list[tuple[float, float]], ours: list[tuple[float, float]], clock: int
+) -> float:
+    pairs = zip(theirs, ours, strict=True)
+    return round(statistics.median(a[clock] / b[clock] for a, b in pairs), 3)
+
+
+def main() -> None:
+    """Measure, print a table and write it with what is needed to repeat it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=640)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-loader.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root, shards = Path(folder) / "images", Path(folder) / "shards"
+        make_images(root, arguments.images)
+        pack.pack(root, shards, split="train", side=None)
+        levels = check(root)
+        file_bytes = [path.stat().st_size for path in (root / "train").rglob("*.JPEG")]
+        runs = build(root, shards, workers=arguments.workers, count=arguments.images)
+        found = measure(runs, rounds=arguments.rounds)
+    rows = summarise(found, workers=arguments.workers)
+    common.print_rows(rows)
+    conditions = {
+        "images": arguments.images,
+        "mean_bytes": round(statistics.mean(file_bytes)),
+        "size": SIZE,
+        "quality": QUALITY,
+        "workers": arguments.workers,
+        "rounds": arguments.rounds,
+        "pixel_levels_apart": levels,
+    }
+    common.write("loader", out=arguments.out, conditions=conditions, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

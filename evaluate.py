@@ -1,0 +1,202 @@
+"""Score weights on validation images, or say what is in image files.
+
+    python evaluate.py SOURCE [name=value ...]
+    torchrun --nproc-per-node 2 evaluate.py SOURCE          the images are shared out among ranks
+
+SOURCE is anything that export.py reads: a run folder (its newest complete checkpoint), a
+checkpoint, or a file or folder of weights in the formats torch, timm, safetensors. Files of ours
+carry the options of their run; for others --config-name says which model it is. name=value sets
+options as for train.py, such as dataset.val.root.
+
+Examples:
+    python evaluate.py ckpts/vit --per-class
+    python evaluate.py ckpts/vit --weights ema dataset.val.root=/data/imagenet --json scores.json
+    python evaluate.py vit_small.safetensors --config-name vit_small_patch16_224
+    python evaluate.py ckpts/vit --images cat.jpg dog.png --names classes.txt
+
+Exit codes: 0 done, 2 something cannot be read or does not fit; one line on stderr says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import assemble
+import compose
+import distributed
+import image_reader
+import models
+import scoring
+from distributed import World
+from logbook import print_table
+from schema import Config
+from weight_sources import Choice, Source, name_options, read_source
+
+EXIT_USER_ERROR = 2
+GUESSES = 5
+
+
+def load_model(source: Source, config: Config, device: torch.device) -> nn.Module:
+    """Return the network with the source's weights, unsharded, on `device` in eval mode.
+
+    Raises:
+        ValueError: Names or shapes are not the model's.
+    """
+    backend, _ = models.pick_backend(config, device)
+    model = models.build_model(config, backend=backend, on_meta=False, device=device)
+    try:
+        model.load_state_dict(source.weights(), strict=True)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{source.origin}: {problem}") from error
+    return model.to(device, models.pick_dtype(config.model.dtype, device)).eval()
+
+
+def by_class(sums_Y4: Tensor, classes: list[str]) -> dict[str, dict[str, float]]:
+    """Return images, loss, top-1 and top-5 (in percent) of each class that has images."""
+    found = {}
+    for name, (count, loss, top1, top5) in zip(classes, sums_Y4.tolist(), strict=True):
+        if count:
+            shares = {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+            found[name] = {"images": count, "loss": loss / count, **shares}
+    return found
+
+
+def score(model: nn.Module, config: Config, world: World) -> dict[str, object]:
+    """Return the figures over all validation images, and by class. Collective."""
+    index = assemble.find_val_images(config, world)
+    sums_Y4 = scoring.score(
+        model,
+        assemble.val_batches(config, index, world),
+        device=world.device,
+        dtype=next(model.parameters()).dtype,
+    ).cpu()
+    return {**scoring.figures(sums_Y4), "classes": by_class(sums_Y4, list(index.classes))}
+
+
+def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> None:
+    """Print the scores as a table."""
+    rows = {
+        "top-1": f"{scores['top1']:.2f} % of {scores['val_images']:.0f} validation images",
+        "top-5": f"{scores['top5']:.2f} %",
+        "loss": f"{scores['val_loss']:.4f}",
+    }
+    classes = scores["classes"]
+    assert isinstance(classes, dict), "by_class makes it"
+    if per_class:
+        for name, one in classes.items():
+            counts = f"of {one['images']:.0f}, top-5 {one['top5']:.2f} %, loss {one['loss']:.4f}"
+            rows[name] = f"{one['top1']:.2f} % {counts}"
+    print_table(origin, rows)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, config: Config, paths: list[Path], names: list[str]
+) -> dict[str, list[tuple[str, float]]]:
+    """Return the most probable classes of each image file, with their probabilities.
+
+    Raises:
+        ValueError: A file is no image that can be read.
+    """
+    transform = assemble.val_transform(config)
+    parameter = next(model.parameters())
+    found = {}
+    for path in paths:
+        image_CHW = transform(image_reader.read_image(path, where="--images"))
+        logits_1Y = model(image_CHW[None].to(parameter.device, parameter.dtype))
+        best = logits_1Y.float().softmax(1)[0].topk(min(GUESSES, len(names)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        found[str(path)] = [(names[index], value) for index, value in pairs]
+    return found
+
+
+def read_names(path: Path | None, num_classes: int) -> list[str]:
+    """Return the classes' names, one per line of `path`; their numbers without it.
+
+    Raises:
+        ValueError: The file has another number of lines.
+    """
+    if path is None:
+        return [str(number) for number in range(num_classes)]
+    names = path.read_text("utf-8").splitlines()
+    if len(names) != num_classes:
+        raise ValueError(f"--names {path}: must have {num_classes} lines, not {len(names)}")
+    return names
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments of a command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="options of train.py")
+    parser.add_argument("--config-name", "-cn", metavar="NAME", help="recipe of the model")
+    parser.add_argument("--weights", choices=("model", "ema"), default="model", help="which")
+    parser.add_argument(
+        "--pick", choices=("newest", "best"), default="newest", help="of a run's checkpoints"
+    )
+    parser.add_argument("--per-class", action="store_true", help="a line for each class")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to a file")
+    parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="classify these")
+    parser.add_argument(
+        "--names", type=Path, metavar="FILE", help="names of the classes, a line each"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        ValueError, OSError: It cannot be done.
+    """
+    if arguments.names and not arguments.images:
+        raise ValueError(f"--names {arguments.names}: has no effect without --images")
+    metric = "-val_loss" if arguments.pick == "best" else None
+    source = read_source(arguments.source, Choice(weights=arguments.weights, metric=metric))
+    overrides = arguments.overrides
+    if arguments.config_name:
+        source, overrides = name_options(source, arguments.config_name, overrides), []
+    if not source.config:
+        raise ValueError(f"{source.origin} has no options of a run: say --config-name NAME")
+    config = compose.restore(source.config, overrides)
+    with distributed.process_group(config.device, timeout_s=config.distributed.timeout_s) as world:
+        model = load_model(source, config, world.device)
+        result: dict[str, object]
+        if arguments.images:
+            names = read_names(arguments.names, config.model.vit.num_classes)
+            guesses = predict(model, config, arguments.images, names)
+            result = dict(guesses)
+            if world.is_main:
+                for path, pairs in guesses.items():
+                    shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs)
+                    print(f"{path}: {shown}")
+        else:
+            result = score(model, config, world)
+            if world.is_main:
+                print_scores(result, origin=source.origin, per_class=arguments.per_class)
+        if arguments.json and world.is_main:
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; return the exit code and print one line for what a user did wrong."""
+    try:
+        run(parse(argv))
+    except (ValueError, OSError, ImportError, scoring.NonFiniteError) as error:
+        rank, _, _ = distributed.launch_facts()
+        print(f"error (rank {rank}): {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,282 @@
+"""Saves in the background: values of the moment, failures that are noticed, workers that die."""
+
+import functools
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+import async_checkpoint
+import checkpoint
+from async_checkpoint import AsyncSaver, Committed
+from run_folder import Swept
+from tests import faults
+
+STATE = {"step": 1, "metrics": {}}
+
+
+# The worker imports what it is sent, so nothing of this file.
+KEEP_ALL = functools.partial(Swept, failed={})
+
+
+def begin(saver, root, content, step=1):
+    state = {"step": step, "metrics": {}}
+    saver.begin(root, content, state=state, loss=1.0, retention=KEEP_ALL)
+
+
+def value_in(folder):
+    found = checkpoint.verify(folder)
+    content = faults.tensors(-1.0)
+    checkpoint.load(found, content)
+    return faults.value_of(content)
+
+
+def mutate_at_once(world, root):
+    saver = AsyncSaver(timeout_s=60)
+    content = faults.tensors(0.0)
+    found = []
+    try:
+        for trial in range(20):
+            for tensor in content["model"].values():
+                tensor.fill_(float(trial))
+            begin(saver, root, content, step=trial)
+            for tensor in content["model"].values():
+                tensor.fill_(-5.0)
+            outcome = saver.drain()
+            assert isinstance(outcome, Committed), outcome
+            found.append(value_in(outcome.folder))
+    finally:
+        saver.close()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_saved_values_are_those_at_the_call(ranks, tmp_path, world_size):
+    found = ranks(world_size, mutate_at_once, tmp_path)
+    assert found == [[float(trial) for trial in range(20)]] * world_size
+
+
+def kill_the_worker(world, root, when):
+    """Save 1; save 2 while rank 0's worker is killed; then saves 3 and 4."""
+    saver = AsyncSaver(timeout_s=60)
+    outcomes = []
+    try:
+        for step in (1, 2, 3, 4):
+            content = faults.tensors(float(step))
+            saver.prepare(content)
+            if step == 2 and world.is_main and when == "idle":
+                os.kill(saver.worker.process.pid, signal.SIGKILL)
+                saver.worker.process.wait()
+            if step == 2 and world.is_main and when == "writing":
+                # It stands still first, so that the kill is in the middle of the save.
+                os.kill(saver.worker.process.pid, signal.SIGSTOP)
+            begin(saver, root, content, step=step)
+            if step == 2 and world.is_main and when == "writing":
+                os.kill(saver.worker.process.pid, signal.SIGKILL)
+            outcome = saver.drain()
+            assert saver.worker.process.poll() is None, "a new one is there before the next save"
+            is_saved = isinstance(outcome, Committed)
+            outcomes.append(value_in(outcome.folder) if is_saved else str(outcome))
+    finally:
+        saver.close()
+    return outcomes
+
+
+def test_a_worker_killed_while_writing_loses_that_save_alone(ranks, tmp_path):
+    for outcomes in ranks(2, kill_the_worker, tmp_path, "writing"):
+        assert [outcomes[0], *outcomes[2:]] == [1.0, 3.0, 4.0]
+        assert "rank 0: the checkpoint worker was killed by signal 9" in outcomes[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step_{step}_loss_1.000" for step in (1, 3, 4)
+    ]
+
+
+def test_a_worker_killed_between_saves_loses_nothing(ranks, tmp_path):
+    assert ranks(1, kill_the_worker, tmp_path, "idle")[0] == [1.0, 2.0, 3.0, 4.0]
+
+
+def stand_still(world, root):
+    saver = AsyncSaver(timeout_s=1.0)
+    try:
+        saver.prepare(faults.tensors(1.0))
+        saver.worker.wait_ready()
+        if world.rank == 1:
+            os.kill(saver.worker.process.pid, signal.SIGSTOP)
+        begin(saver, root, faults.tensors(1.0))
+        return str(saver.drain())
+    finally:
+        saver.close()
+
+
+def test_a_worker_that_hangs_is_given_up_after_the_timeout(ranks, tmp_path):
+    for outcome in ranks(2, stand_still, tmp_path):
+        assert "rank 1: the checkpoint worker was killed by signal 9" in outcome
+
+
+def leave_without_notice(world, root):
+    saver = AsyncSaver(timeout_s=60)
+    saver.prepare(faults.tensors(1.0))
+    saver.worker.wait_ready()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)  # as a loader process: it has all that was open here
+        os._exit(0)
+    return saver.worker.process.pid, child
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_worker_ends_with_its_trainer_even_if_loader_processes_do_not(ranks, tmp_path):
+    worker, child = ranks(1, leave_without_notice, tmp_path)[0]
+    try:
+        assert is_alive(child)
+        deadline = time.monotonic() + 5
+        while is_alive(worker) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_alive(worker)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def requests_to_stop(world, root):
+    saver = AsyncSaver(timeout_s=60)
+    try:
+        saver.prepare(faults.tensors(1.0))
+        saver.worker.wait_ready()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(saver.worker.process.pid, number)
+        begin(saver, root, faults.tensors(1.0))
+        return isinstance(saver.drain(), Committed)
+    finally:
+        saver.close()
+
+
+def test_a_request_to_stop_does_not_end_the_worker(ranks, tmp_path):
+    assert ranks(1, requests_to_stop, tmp_path) == [True]
+
+
+def not_finite(world, root):
+    saver = AsyncSaver(timeout_s=60)
+    content = faults.tensors(1.0)
+    content["model"]["b"][3, 3] = float("nan")
+    try:
+        begin(saver, root, content)
+        outcome = saver.drain()
+        assert type(outcome) is checkpoint.NonFiniteTensorError
+        return str(outcome)
+    finally:
+        saver.close()
+
+
+def test_weights_that_are_not_finite_are_not_committed(ranks, tmp_path):
+    assert "model.b is not finite" in ranks(2, not_finite, tmp_path)[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def another_form(world, root):
+    """Tensors of other names and sizes than before get a new plan and enough memory."""
+    saver = AsyncSaver(timeout_s=60)
+    found = []
+    try:
+        for step, size in enumerate((3, 5000, 0, 7), start=1):
+            content = {"model": {f"w{size}": torch.full((size, 2), float(step))}}
+            begin(saver, root, content, step=step)
+            outcome = saver.drain()
+            assert isinstance(outcome, Committed), outcome
+            empty = {"model": {f"w{size}": torch.zeros(size, 2)}}
+            checkpoint.load(checkpoint.verify(outcome.folder), empty)
+            found.append(torch.equal(empty["model"][f"w{size}"], content["model"][f"w{size}"]))
+    finally:
+        saver.close()
+    return found
+
+
+def test_the_memory_follows_the_tensors(ranks, tmp_path):
+    assert ranks(2, another_form, tmp_path) == [[True] * 4] * 2
+
+
+def equal_files(world, root):
+    """What is written in the background is what is written at once, byte for byte."""
+    content = {"model": {"w": torch.randn(40, 3), "s": torch.tensor(3.0)}}
+    saver = AsyncSaver(timeout_s=60)
+    try:
+        begin(saver, root, content)
+        behind = saver.drain().folder
+    finally:
+        saver.close()
+    at_once = checkpoint.save(root, content, state=STATE, loss=1.0)
+    return (behind / "__0_0.distcp").read_bytes() == (at_once / "__0_0.distcp").read_bytes()
+
+
+def test_both_ways_write_the_same_bytes(ranks, tmp_path):
+    assert ranks(1, equal_files, tmp_path) == [True]
+
+
+def test_a_pipe_message_larger_than_the_pipe_does_not_hold_up_the_call(ranks, tmp_path):
+    """Thousands of tensors have a plan of megabytes; the worker may be starting when it comes."""
+
+    def call(world):
+        content = {"model": {f"layer.{n}": torch.ones(2) for n in range(3000)}}
+        saver = AsyncSaver(timeout_s=60)
+        try:
+            saver.prepare(content)
+            os.kill(saver.worker.process.pid, signal.SIGSTOP)
+            begin(saver, tmp_path, content)
+            assert saver.poll() is None
+            os.kill(saver.worker.process.pid, signal.SIGCONT)
+            return isinstance(saver.drain(), Committed)
+        finally:
+            saver.close()
+
+    assert ranks(1, call) == [True]
+
+
+def test_the_worker_is_not_a_fork(ranks, tmp_path):
+    """A fork would share locks of threads and a CUDA context with the trainer."""
+
+    def command(world):
+        saver = AsyncSaver(timeout_s=60)
+        try:
+            saver.prepare(faults.tensors(1.0))
+            return saver.worker.process.args[1]
+        finally:
+            saver.close()
+
+    assert ranks(1, command) == [async_checkpoint.__file__]
+
+
+def with_a_full_disk(world, root):
+    """The workers inherit the limit of their trainer, as of when they start."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver = AsyncSaver(timeout_s=60)
+    content = {"model": {f"w{n}": torch.ones(100, 100) for n in range(4)}}
+    try:
+        saver.prepare(content)
+        saver.worker.wait_ready()
+        if world.rank == 1:
+            resource.prlimit(saver.worker.process.pid, resource.RLIMIT_FSIZE, (20_000, hard))
+        begin(saver, root, content)
+        failed = saver.drain()
+        if world.rank == 1:
+            resource.prlimit(saver.worker.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        begin(saver, root, content, step=2)
+        return str(failed), saver.drain()
+    finally:
+        saver.close()
+
+
+def test_a_full_disk_is_noticed_and_the_next_save_is_whole(ranks, tmp_path):
+    for failed, done in ranks(2, with_a_full_disk, tmp_path):
+        assert "rank 1: [Errno 27] write __1_0.distcp: File too large (need 0.00 GiB" in failed
+        assert isinstance(done, Committed)
+        assert checkpoint.verify(done.folder).step == 2
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,445 @@
+"""A whole run that is hurt: disk full, weights that are not finite, asked to stop, folder gone."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+import async_checkpoint
+import checkpoint
+import dcp_writer
+import scoring
+import stopping
+import train
+
+EVERY_STEP = ["training.val_interval=100", "training.checkpoint.interval=1"]
+MODES = pytest.mark.parametrize("is_async", ["false", "true"], ids=["at once", "in background"])
+
+
+def events(root: Path, name: str) -> list[dict]:
+    lines = [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
+def steps(root: Path) -> set[int]:
+    folders = [path for path in root.iterdir() if path.name.startswith("step_")]
+    assert all(checkpoint.verify(folder) for folder in folders)
+    return {int(path.name.split("_")[1]) for path in folders}
+
+
+def limit_files(num_bytes: int | None) -> None:
+    """Let writes beyond `num_bytes` of a file fail, as on a full disk, in this process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if num_bytes is None else num_bytes, hard))
+
+
+def limited_save(world, root, which):
+    if world.rank in which:
+        limit_files(20_000)
+    with pytest.raises(OSError, match=r"rank \d: .*need 0.00 GiB, free \d+") as caught:
+        content = {"model": {f"w{n}": torch.ones(100, 100) for n in range(4)}}
+        checkpoint.save(root, content, state={"step": 1, "metrics": {}}, loss=1.0)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=str)
+def test_a_full_disk_is_never_success(ranks, tmp_path, which):
+    for message in ranks(2, limited_save, tmp_path, which):
+        assert f"rank {which[0]}: [Errno 27] write __{which[0]}_0.distcp: File too large" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stock_dcp_with_two_threads_calls_a_full_disk_success(ranks, tmp_path):
+    def save(world):
+        limit_files(20_000)
+        content = {"large": torch.ones(100, 100), "small": torch.ones(2)}
+        state_dict_saver.save(content, storage_writer=FileSystemWriter(tmp_path, thread_count=2))
+
+    ranks(1, save)
+    assert (tmp_path / ".metadata").exists()
+
+
+def run_with_full_disk(world, config, full_at):
+    """Train with the disk full on rank 1 while the steps of `full_at` are saved."""
+    real = dcp_writer.make_target
+
+    def make_target(root, *, state, loss):
+        # The worker process has the limit of when it started, so its rank fails as a whole.
+        failing = state["step"] in full_at and world.rank == 1
+        dcp_writer.write = full if failing else write
+        return real(root, state=state, loss=loss)
+
+    write = dcp_writer.write
+
+    def full(*_):
+        raise OSError(28, "write __1_0.distcp: No space left on device")
+
+    dcp_writer.make_target = make_target
+    try:
+        train.train(config, world)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def test_a_failed_save_costs_its_interval_alone(ranks, small_run, tmp_path):
+    config = small_run("training.steps=6", *EVERY_STEP, "training.checkpoint.keep_last=9")
+    assert ranks(2, run_with_full_disk, config, (2, 4, 5)) == [None, None]
+    assert steps(tmp_path / "run") == {1, 3, 6}
+    failed = events(tmp_path / "run", "save_failed")
+    assert [line["step"] for line in failed] == [2, 4, 5]
+    assert failed[0]["error"].startswith("checkpoint save failed at step 2: checkpoint ")
+    assert (
+        "rank 1: [Errno 28] write __1_0.distcp: No space left on device (need" in failed[0]["error"]
+    )
+    assert "; last good step_1_loss_" in failed[0]["error"]
+    assert failed[2]["error"].endswith("failure 2 of 3")
+
+
+def test_three_failures_in_a_row_end_the_run(ranks, small_run, tmp_path):
+    config = small_run("training.steps=9", *EVERY_STEP)
+    for message in ranks(2, run_with_full_disk, config, range(3, 9)):
+        assert "failed at step 5: " in message
+        assert message.endswith("failure 3 of 3")
+    assert steps(tmp_path / "run") >= {2}
+    assert max(steps(tmp_path / "run")) == 2
+
+
+def test_a_failure_of_the_last_save_ends_the_run(ranks, small_run, tmp_path):
+    config = small_run("training.steps=2", *EVERY_STEP)
+    for message in ranks(2, run_with_full_disk, config, (2,)):
+        assert "failed at step 2: " in message
+    assert steps(tmp_path / "run") == {1}
+
+
+def run_killing_worker(world, config, at):
+    """Train; when step `at` is saved, this rank's worker is killed."""
+    real = train.Saver.save
+
+    def save(self, *, step, figures, is_last):
+        real(self, step=step, figures=figures, is_last=is_last)
+        if step in at and world.rank == 1:
+            os.kill(self._background.worker.process.pid, signal.SIGKILL)
+
+    train.Saver.save = save
+    real_step = train.train_step
+
+    def slow_step(*arguments, **options):
+        time.sleep(0.3)  # longer than a save takes, so that each step has one
+        real_step(*arguments, **options)
+
+    train.train_step = slow_step
+    train.train(config, world)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_one_background_save(ranks, small_run, tmp_path):
+    options = ["training.checkpoint.async_save=true", "training.checkpoint.keep_last=9"]
+    config = small_run("training.steps=6", *EVERY_STEP, *options)
+    ranks(2, run_killing_worker, config, (2,))
+    failed = events(tmp_path / "run", "save_failed")
+    assert [line["step"] for line in failed] == [2]
+    assert "rank 1: the checkpoint worker was killed by signal 9" in failed[0]["error"]
+    assert steps(tmp_path / "run") == {1, 3, 4, 5, 6}
+
+
+@MODES
+def test_a_vanished_folder_is_never_success(ranks, small_run, tmp_path, is_async):
+    config = small_run(
+        "training.steps=4", *EVERY_STEP, f"training.checkpoint.async_save={is_async}"
+    )
+
+    def vanish(world):
+        real = train.train_step
+
+        def step_and_remove(run, batches, *, step, meter):
+            real(run, batches, step=step, meter=meter)
+            if step == 2 and world.is_main:
+                shutil.rmtree(run.folder, ignore_errors=True)
+
+        train.train_step = step_and_remove
+        with pytest.raises(OSError, match=r"failed at step 4: .*No such file or directory"):
+            train.train(config, world)
+
+    ranks(1, vanish)
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
+@MODES
+def test_weights_that_are_not_finite_end_the_run_and_keep_the_good(
+    ranks, small_run, tmp_path, is_async
+):
+    config = small_run(
+        "training.steps=4", *EVERY_STEP, f"training.checkpoint.async_save={is_async}"
+    )
+
+    def poison(world):
+        real = train.read_meter
+
+        def read_and_poison(run, meter, *, step):
+            if step == 3 and world.rank == 1:
+                next(s for s in run.shards if s.local.numel()).local.data.view(-1)[0] = float("nan")
+            return real(run, meter, step=step)
+
+        train.read_meter = read_and_poison
+        with pytest.raises((dcp_writer.NonFiniteTensorError, train.NonFiniteError)):
+            train.train(config, world)
+
+    ranks(2, poison)
+    assert max(steps(tmp_path / "run")) == 2
+
+
+def test_background_saves_train_the_same_run(ranks, small_run, tmp_path):
+    def trained(is_async):
+        folder = tmp_path / is_async
+        options = [f"training.checkpoint.path={folder}", "training.checkpoint.keep_last=9"]
+        options.append(f"training.checkpoint.async_save={is_async}")
+        config = small_run("training.steps=4", *EVERY_STEP, *options)
+        ranks(2, lambda world: train.train(config, world))
+        assert steps(folder) == {1, 2, 3, 4}
+        return {
+            (path.parent.name, path.name): path.read_bytes() for path in folder.glob("*/*.distcp")
+        }
+
+    assert trained("true") == trained("false")
+
+
+# Asked to stop, by a signal of the process to itself at a known place.
+
+
+def raise_signal() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def in_a_step(world):
+    real = train.train_step
+
+    def step_and_signal(run, batches, *, step, meter):
+        if step == 2:
+            raise_signal()
+        real(run, batches, step=step, meter=meter)
+
+    train.train_step = step_and_signal
+
+
+def in_validation(world):
+    real, calls = scoring._sums, []
+
+    def score_and_signal(*arguments):
+        calls.append(1)
+        assert len(calls) == 1, "the first batch is the last"
+        raise_signal()
+        return real(*arguments)
+
+    scoring._sums = score_and_signal
+
+
+def in_a_save(world):
+    real = dcp_writer.write
+
+    def write_and_signal(*arguments):
+        raise_signal()
+        return real(*arguments)
+
+    dcp_writer.write = write_and_signal
+
+
+def in_a_background_save(world):
+    real = async_checkpoint.AsyncSaver.begin
+
+    def begin_and_signal(*arguments, **options):
+        real(*arguments, **options)
+        raise_signal()
+
+    async_checkpoint.AsyncSaver.begin = begin_and_signal
+
+
+STOPS = {"a step": (in_a_step, 3), "validation": (in_validation, 2), "a save": (in_a_save, 2)}
+
+
+def train_until_stopped(world, config, install, ranks_with_signal):
+    if world.rank in ranks_with_signal:
+        install(world)
+    with pytest.raises(stopping.Stopped, match="SIGTERM at step") as caught:
+        train.train(config, world)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", STOPS)
+@pytest.mark.parametrize("with_signal", [(0,), (1,), (0, 1)], ids=str)
+def test_a_signal_anywhere_ends_in_one_checkpoint_of_the_step(
+    ranks, small_run, tmp_path, where, with_signal
+):
+    install, step = STOPS[where]
+    config = small_run("training.steps=6", "training.val_interval=2")
+    started = time.monotonic()
+    messages = ranks(2, train_until_stopped, config, install, with_signal)
+    seconds = time.monotonic() - started
+    assert messages[0].startswith(f"SIGTERM at step {step}, checkpoint ")
+    assert max(steps(tmp_path / "run")) == step
+    assert len(list((tmp_path / "run").glob(f"step_{step}_*"))) == 1
+    stopped = events(tmp_path / "run", "stopped")
+    assert [(line["step"], line["signal"]) for line in stopped] == [(step, "SIGTERM")]
+    assert 0 <= stopped[0]["saved_after_s"] < seconds < 30
+    print(where, with_signal, stopped[0]["saved_after_s"], "s")
+
+
+BACKGROUND = ["training.checkpoint.async_save=true"]
+MOMENTS = {
+    "a step": (in_a_step, BACKGROUND),
+    "validation": (in_validation, BACKGROUND),
+    "a save": (in_a_save, []),
+    "a background save": (in_a_background_save, BACKGROUND),
+}
+
+
+@pytest.mark.parametrize("where", MOMENTS)
+def test_a_stopped_run_goes_on_where_it_was(ranks, small_run, tmp_path, where):
+    from tests.test_train import digest
+
+    final = []
+
+    def finish(world, config):
+        real = train.fit
+
+        def fit_and_keep(run, logbook, **rest):
+            outcome = real(run, logbook, **rest)
+            final.append(digest(run.tensors()))
+            return outcome
+
+        train.fit = fit_and_keep
+        train.train(config, world)
+        return final[0]
+
+    options = ["training.steps=5", "training.val_interval=2"]
+    whole = small_run(*options, f"training.checkpoint.path={tmp_path / 'whole'}")
+    install, mode = MOMENTS[where]
+    parted = small_run(*options, *mode)
+    message = ranks(1, train_until_stopped, parted, install, (0,))[0]
+    assert message.startswith(f"SIGTERM at step {3 if where == 'a step' else 2}, ")
+    assert ranks(1, finish, parted) == ranks(1, finish, whole)
+
+
+def test_a_second_signal_ends_the_process_at_once(ranks, small_run, tmp_path):
+    config = small_run("training.steps=4", "training.val_interval=1")
+
+    def signal_twice(world):
+        stopping._SAME_REQUEST_S = 0.1
+        real = train.train_step
+
+        def step_and_signal(run, batches, *, step, meter):
+            real(run, batches, step=step, meter=meter)
+            if step == 1:
+                raise_signal()
+                time.sleep(0.2)
+                raise_signal()
+                raise AssertionError("must not come here")
+
+        train.train_step = step_and_signal
+        train.train(config, world)
+
+    with pytest.raises(pytest.fail.Exception, match="died"):
+        ranks(1, signal_twice)
+    assert steps(tmp_path / "run") == {1}
+
+
+def test_the_same_request_twice_is_one(ranks, small_run, tmp_path):
+    """A scheduler that signals the whole group reaches each rank twice under torchrun."""
+    config = small_run("training.steps=4", "training.val_interval=1")
+
+    def install(world):
+        real = train.train_step
+
+        def step_and_signal(run, batches, *, step, meter):
+            real(run, batches, step=step, meter=meter)
+            if step == 1:
+                raise_signal()
+                raise_signal()
+
+        train.train_step = step_and_signal
+
+    ranks(1, train_until_stopped, config, install, (0,))
+    assert max(steps(tmp_path / "run")) == 2
+
+
+def test_the_handlers_are_given_back(ranks, small_run):
+    def handlers(world):
+        before = [signal.getsignal(number) for number in stopping.SIGNALS]
+        train.train(small_run("training.steps=1"), world)
+        return before == [signal.getsignal(number) for number in stopping.SIGNALS]
+
+    assert ranks(1, handlers) == [True]
+
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on_and_the_same_command_resumes(image_folder, tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "train.py"]
+    options = [
+        *("--config-name", "vit_tiny_patch8_64", "device=cpu", "model.vit.num_classes=3"),
+        *("model.vit.depth=1", "optimizer.warmup_steps=0", "training.log_interval=1"),
+        *(f"dataset.train.root={image_folder}", "dataset.train.batch_size=4"),
+        *(f"training.checkpoint.path={tmp_path}/run", "training.val_interval=100000"),
+    ]
+    arguments = [sys.executable, *command, *options, "training.steps=100000"]
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=err, stderr=err)
+        log = tmp_path / "run/log.jsonl"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and '"train"' in log.read_text()):
+            assert time.monotonic() < deadline, (tmp_path / "err").read_text()
+            time.sleep(0.1)
+        signalled = time.monotonic()
+        process.terminate()
+        assert process.wait(60) != 0
+    seconds = time.monotonic() - signalled
+    print(f"{seconds:.1f} s from SIGTERM to torchrun's exit")
+    assert seconds < 30
+    (step,) = steps(tmp_path / "run")
+    assert events(tmp_path / "run", "stopped")[0]["step"] == step
+    again = subprocess.run(
+        [sys.executable, *command, *options, f"training.steps={step + 1}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert events(tmp_path / "run", "resumed")[0]["step"] == step
+
+
+def test_the_exit_code_says_try_again(small_run, image_folder, tmp_path, capfd):
+    argv = ["--config-name", "vit_tiny_patch8_64", "device=cpu", "model.vit.num_classes=3"]
+    argv += ["model.vit.depth=1", f"dataset.train.root={image_folder}", "training.steps=9"]
+    argv += ["optimizer.warmup_steps=0", "dataset.train.batch_size=4", "training.tensorboard=false"]
+    argv += [f"training.checkpoint.path={tmp_path}/run"]
+    pid = os.fork()
+    if pid == 0:
+        in_a_step(None)
+        os._exit(train.main(argv))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert "stopped: SIGTERM at step 3, checkpoint " in capfd.readouterr().err
+
+
+def test_a_closed_stdout_does_not_end_the_run(ranks, small_run, tmp_path):
+    def without_reader(world):
+        receiver, sender = os.pipe()
+        os.close(receiver)
+        sys.stdout = os.fdopen(sender, "w")
+        train.train(small_run("training.steps=2", "training.log_interval=1"), world)
+
+    ranks(1, without_reader)
+    assert steps(tmp_path / "run") == {2}
+    assert len(events(tmp_path / "run", "train")) == 2
