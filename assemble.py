@@ -172,7 +172,6 @@ def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimize
         betas=(o.betas[0], o.betas[1]),
         eps=o.eps,
         momentum=o.momentum,
-        num_copies={shard.local: shard.num_copies for shard in shards},
         sum_over_ranks=distributed.sum_over_ranks,
     )
     sharding.shard_optimizer(optimizer)
@@ -329,6 +328,7 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
         _reader(run.config, run.train_index, is_scaled=train.scaled_decode),
         transform=transform,
         timeout_s=data.timeout_s,
+        is_reused=train.reprob == 0,  # normalising copies
         order=image_order(run),
         batch_size=train.batch_size,
         grad_accum_steps=run.config.training.grad_accum_steps,
@@ -382,6 +382,7 @@ def val_batches(config: Config, index: ImageIndex, world: World) -> Feed:
         _reader(config, index),
         transform=val_transform(config, is_raw=True),
         timeout_s=config.dataset.timeout_s,
+        is_reused=True,
         batch_size=config.dataset.val.batch_size,
         rank=world.rank,
         world=world.size,

@@ -48,7 +48,8 @@ class Teacher(nn.Module):
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Return the teacher's logits_BY, without a gradient."""
         if not self.is_plain:
-            image_BCHW = image_BCHW * self.gain_C11 + self.offset_C11
+            own_BCHW = image_BCHW.float() * self.gain_C11 + self.offset_C11
+            image_BCHW = own_BCHW.to(image_BCHW.dtype)
         return self.model(image_BCHW)
 
 
@@ -108,9 +109,8 @@ def build_teacher(config: Config, world: World) -> Teacher:
         model, mean, std = _of_ours(path, config, world.device)
     else:
         model, mean, std = _of_timm(d.teacher, config)
-    teacher = Teacher(model, of=(data.mean, data.std), own=(mean, std))
     dtype = models.pick_dtype(config.model.dtype, world.device)
-    teacher = teacher.to(world.device, dtype)
+    teacher = Teacher(model.to(dtype), of=(data.mean, data.std), own=(mean, std)).to(world.device)
     height, width = models.height_width(config.model.vit.img_size)
     shape = tuple(teacher(torch.zeros(1, 3, height, width, device=world.device, dtype=dtype)).shape)
     if shape != (1, config.model.vit.num_classes):

@@ -59,14 +59,22 @@ def timm_call(config: Json, path: Path) -> str:
     vit = formats.option(config.get("model"), "vit")
     assert isinstance(vit, Mapping), "a section of the options"
     defaults = dataclasses.asdict(ViTOptions())
-    skipped = ("weight_init", "fix_init", "grad_checkpointing")
+    # Which do not shape the network, or are in the name of timm's model.
+    skipped = (
+        "weight_init",
+        "fix_init",
+        "grad_checkpointing",
+        "drop_path_uniform",
+        "distilled",
+    )
     changed = {name: value for name, value in vit.items() if value != defaults.get(name)}
     arguments = [
         f"{name}={tuple(value) if isinstance(value, list) else value!r}"
         for name, value in changed.items()
         if name not in skipped and not name.endswith("_rate")
     ]
-    first = ["'vit_base_patch16_224'", f"checkpoint_path={str(path)!r}"]
+    name = "deit_base_distilled_patch16_224" if vit.get("distilled") else "vit_base_patch16_224"
+    first = [repr(name), f"checkpoint_path={str(path)!r}"]
     return f"timm.create_model({', '.join([*first, *arguments])})"
 
 

@@ -50,7 +50,8 @@ class Tolerance:
             self._new.append(bad)
             line = f"{bad.line}; skipped {len(self.seen)} of at most {self.at_most}"
             print(line, file=sys.stderr, flush=True)
-        self._check()
+        if self.gather is None:  # with others, all stop together
+            self._check()
 
     def agree(self) -> None:
         """Count what the other ranks found. Collective where there are several.
@@ -103,10 +104,9 @@ class Feed:
                     raise
                 raise self._loss(error, number, positions) from error
             self.tolerance.note(batch.bad)
-            if (number + 1) % AGREE_EVERY == 0:
+            if (number + 1) % AGREE_EVERY == 0 or number + 1 == len(self):
                 self.tolerance.agree()
             yield self._on_device(batch)
-        self.tolerance.agree()
 
     def _loss(self, error: RuntimeError, number: int, positions: list[int]) -> OSError:
         """Say which worker is lost, and which images it or others were at."""

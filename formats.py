@@ -47,7 +47,8 @@ _ENCODER_OF_BOTH = re.compile(
     r"blocks\.\d+\.(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)"
 )
 _DENSE = re.compile(
-    r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm_pre|norm|fc_norm|head)\.(weight|bias)|"
+    r"cls_token|reg_token|dist_token|pos_embed|"
+    r"(patch_embed\.proj|norm_pre|norm|fc_norm|head|head_dist)\.(weight|bias)|"
     r"attn_pool\.(latent|(q|kv|proj|norm|mlp\.fc[12])\.(weight|bias))|"
     r"blocks\.\d+\.(ls[12]\.gamma|(norm[12]|attn\.(qkv|proj|q_norm|k_norm|norm)|"
     r"mlp\.(fc1|fc2|norm))\.(weight|bias))"

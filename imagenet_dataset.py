@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from image_reader import ImageReader, describe
 from seeds import stable_seed
 
 NOT_COUNTED = -1  # label of an image that only fills up a validation batch
+PREFETCHED = 2  # batches that a worker makes ahead
 REPLACEMENTS = 8  # tried for an image that cannot be read
 REPEATED_UNIT = 256  # an epoch of repeated augmentation is cut to a multiple of this many images
 
@@ -215,20 +217,41 @@ class MicrobatchSampler(Sampler[list[int]]):
         return (list(self.positions_of(number)) for number in self.numbers)
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples into one Batch."""
-    images, labels, positions, bad = zip(*samples, strict=True)
-    return Batch(_stack(images), torch.tensor(labels), torch.tensor(positions), sum(bad, ()))
+class Collate:
+    """Stacks samples into one Batch.
 
+    In a worker images go right into memory that the main process sees. With `is_reused` that is one
+    of a few buffers in turn, so a batch has to be copied before the next one is asked for: fresh
+    memory costs as much as to resize the images.
+    """
 
-def _stack(images: tuple[Tensor, ...]) -> Tensor:
-    if get_worker_info() is None:
-        return torch.stack(images)
-    # Right into the memory that the main process will see: a worker's copy would be copied again.
-    first = images[0]
-    memory = first.untyped_storage()._new_shared(len(images) * first.nbytes, device="cpu")
-    image_BCHW = torch.empty(0, dtype=first.dtype).set_(memory)
-    return torch.stack(images, out=image_BCHW.view(len(images), *first.shape))
+    def __init__(self, *, is_reused: bool) -> None:
+        self.is_reused = is_reused
+        self._buffers: list[Tensor] = []
+        self._count = 0
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        """Return the batch."""
+        images, labels, positions, bad = zip(*samples, strict=True)
+        batch = torch.tensor(labels), torch.tensor(positions), tuple(chain.from_iterable(bad))
+        if get_worker_info() is None:
+            return Batch(torch.stack(images), *batch)
+        size = len(images) * images[0].nbytes
+        memory = self._buffer(size)[:size].view(images[0].dtype)
+        image_BCHW = memory.view(len(images), *images[0].shape)
+        return Batch(torch.stack(images, out=image_BCHW), *batch)
+
+    def _buffer(self, size: int) -> Tensor:
+        """Return a shared buffer of at least `size` bytes."""
+        if not self.is_reused:
+            return torch.empty(size, dtype=torch.uint8).share_memory_()
+        # In use may be: one that the consumer copies, and those that the loader asked for ahead.
+        self._count = (self._count + 1) % (PREFETCHED + 2)
+        while len(self._buffers) <= self._count:
+            self._buffers.append(torch.empty(size, dtype=torch.uint8).share_memory_())
+        if len(self._buffers[self._count]) < size:
+            self._buffers[self._count] = torch.empty(size, dtype=torch.uint8).share_memory_()
+        return self._buffers[self._count]
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -244,6 +267,7 @@ def _loader(
     num_workers: int,
     pin_memory: bool,
     timeout_s: float,
+    is_reused: bool,
 ) -> DataLoader:
     # The platform's start method is fine. Fork is: workers use Pillow and torch's CPU ops on one
     # thread (DataLoader sees to that), never CUDA, a collective or a lock of the main process.
@@ -253,7 +277,8 @@ def _loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=collate,
+        collate_fn=Collate(is_reused=is_reused),
+        prefetch_factor=PREFETCHED if num_workers else None,
         timeout=timeout_s if num_workers else 0,
         worker_init_fn=_leave_process_group,
         persistent_workers=num_workers > 0,
@@ -276,6 +301,7 @@ def train_loader(
     num_workers: int,
     pin_memory: bool,
     timeout_s: float = 0.0,
+    is_reused: bool = False,
 ) -> DataLoader:
     """Yield one Batch per microbatch of this rank for steps start_step..num_steps-1, in order.
 
@@ -286,7 +312,12 @@ def train_loader(
     order = order or Order(len(reader.index.paths))
     dataset = TrainImages(reader, transform=transform, order=order, seed=seed)
     return _loader(
-        dataset, sampler, num_workers=num_workers, pin_memory=pin_memory, timeout_s=timeout_s
+        dataset,
+        sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        timeout_s=timeout_s,
+        is_reused=is_reused,
     )
 
 
@@ -300,11 +331,17 @@ def val_loader(
     num_workers: int,
     pin_memory: bool,
     timeout_s: float = 0.0,
+    is_reused: bool = False,
 ) -> DataLoader:
     """Yield images rank::world; padding gives every rank as many batches of the same sizes."""
     per_rank = -(-len(reader.index.paths) // world)
     sampler = BatchSampler(range(rank, per_rank * world, world), batch_size, drop_last=False)
     dataset = ValImages(reader, transform=transform)
     return _loader(
-        dataset, sampler, num_workers=num_workers, pin_memory=pin_memory, timeout_s=timeout_s
+        dataset,
+        sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        timeout_s=timeout_s,
+        is_reused=is_reused,
     )

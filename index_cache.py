@@ -97,7 +97,7 @@ def _pack(index: ImageIndex) -> tuple[dict[str, np.ndarray], str]:
         "bytes": sum(index.sizes),
     }
     names = SEPARATOR.join(index.paths).encode("utf-8", "surrogateescape")
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "paths": np.frombuffer(names, np.uint8),
         "labels": np.asarray(index.labels, np.int32),
         "sizes": np.asarray(index.sizes, np.int64),

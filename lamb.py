@@ -97,15 +97,15 @@ class Lamb(torch.optim.Optimizer):
         scaled = [p for g in self.param_groups if g["weight_decay"] for p in g["params"]]
         if not scaled:
             return {}
-        # A rank without rows of a tensor adds zero to its norms, but takes part.
-        squares_2P = scaled[0].new_zeros(2, len(scaled))
-        own = [number for number, p in enumerate(scaled) if p in updates and p.numel()]
-        if own:
-            weights = torch._foreach_norm([scaled[number] for number in own])
-            changes = torch._foreach_norm([updates[scaled[number]] for number in own])
-            norms_2O = torch.stack([torch.stack(weights), torch.stack(changes)])
-            squares_2P[:, own] = norms_2O.square()
-        weight_P, change_P = self.sum_over_ranks(squares_2P).sqrt()
+        own = [p for p in scaled if p in updates and p.numel()]
+        weights = dict(zip(own, torch._foreach_norm(own), strict=True)) if own else {}
+        changed = [updates[p] for p in own]
+        changes = dict(zip(own, torch._foreach_norm(changed), strict=True)) if own else {}
+        zero = scaled[0].new_zeros(())  # a rank without rows of a tensor takes part all the same
+        norms_2P = torch.stack(
+            [torch.stack([norms.get(p, zero) for p in scaled]) for norms in (weights, changes)]
+        )
+        weight_P, change_P = self.sum_over_ranks(norms_2P.square()).sqrt()
         is_scaled_P = (weight_P > 0) & (change_P > 0)
         ratio_P = torch.where(is_scaled_P, weight_P / change_P, 1.0)
         return dict(zip(scaled, ratio_P.unbind(), strict=True))

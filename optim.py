@@ -86,13 +86,11 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     momentum: float,
-    num_copies: dict[nn.Parameter, int] | None = None,
-    sum_over_ranks: SumOverRanks = lambda value: value,
+    sum_over_ranks: SumOverRanks | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer `name` over `groups`, AdamW and SGD in PyTorch's fused form.
 
-    LAMB needs to know how many ranks hold each element of a parameter, and how to sum over ranks;
-    without that the parameters are whole tensors of a single process.
+    LAMB needs to know how to sum over the ranks that parameters are shared out to.
 
     Raises:
         ValueError: `name` is not one of OPTIMIZERS.
@@ -103,10 +101,8 @@ def build_optimizer(
     if name == "sgd":
         return torch.optim.SGD(settings, lr=0.0, momentum=momentum, fused=True)
     if name == "lamb":
-        copies = num_copies or {p: 1 for group in groups for p in group["params"]}
-        return Lamb(
-            settings, betas=betas, eps=eps, num_copies=copies, sum_over_ranks=sum_over_ranks
-        )
+        assert sum_over_ranks is not None, "norms of a rank's rows would be silently wrong"
+        return Lamb(settings, betas=betas, eps=eps, sum_over_ranks=sum_over_ranks)
     raise ValueError(f"config optimizer.name={name}: must be one of {', '.join(OPTIMIZERS)}")
 
 

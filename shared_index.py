@@ -52,11 +52,13 @@ def find_index(root: Path, split: Split, world: World, *, folder: Path | None) -
         mine = first if index_cache.is_kept(first) else _try_refresh(root, split, folder)
     every: list[Cached | Exception | None] = [None] * world.size
     dist.all_gather_object(every, mine)
-    for found in every:
+    nodes: list[Cached] = []
+    for rank, found in enumerate(every):
         if isinstance(found, Exception):
             raise found
-    # The ranks of a node follow each other, its first one before them.
-    return index_cache.load(next(c for c in reversed(every[: world.rank + 1]) if c is not None))
+        if found is not None and rank <= world.rank:
+            nodes.append(found)
+    return index_cache.load(nodes[-1])  # the ranks of a node follow each other, its first before
 
 
 def _try_refresh(root: Path, split: Split, folder: Path | None) -> Cached | Exception:

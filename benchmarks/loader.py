@@ -20,21 +20,23 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from augment import Normaliser, train_transform
 from benchmarks import common
-from data import pack
 from decoding import pick_decoder, read_header, rgb
 from feed import Feed, Tolerance
 from image_reader import ImageReader
@@ -45,7 +47,7 @@ SIZE, QUALITY, CLASSES, BATCH, CROP = (500, 375), 90, 10, 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OCTAVES = {4: 60, 16: 40, 64: 30, 250: 14}  # cells across -> amplitude, about as in photographs
 GRAIN = 8  # levels of noise: with it a file has ImageNet's 110 kB
-Loader = Iterable[object]
+Loader = Iterable[Sequence[Tensor]]
 
 
 def picture(seed: int) -> Image.Image:
@@ -113,6 +115,7 @@ def ours(root: Path, workers: int, *, decoder: str, steps: int) -> Feed:
         seed=0,
         num_workers=workers,
         pin_memory=False,
+        is_reused=True,
     )
     return Feed(
         loader,
@@ -176,7 +179,7 @@ def workers_cpu_s(iterator: object) -> float:
 def timed(loader: Loader, workers_of: Callable[[], object]) -> tuple[float, float, int]:
     """Return seconds by the wall clock, CPU seconds and images of one pass."""
     start, used = time.perf_counter(), cpu_s() + workers_cpu_s(workers_of())
-    count = sum(len(batch[0]) for batch in loader)  # type: ignore[index]
+    count = sum(len(batch[0]) for batch in loader)
     return time.perf_counter() - start, cpu_s() + workers_cpu_s(workers_of()) - used, count
 
 
@@ -199,9 +202,7 @@ def build(root: Path, shards: Path, *, workers: int, count: int) -> dict[str, Ca
     loaders: dict[str, DataLoader | Feed] = {"torchvision": rival(root, workers)}
     for decoder in decoders:
         loaders[f"moevit, {decoder}"] = ours(root, workers, decoder=decoder, steps=steps)
-    loaders[f"moevit, {decoders[0]}, tar"] = ours(
-        shards, workers, decoder=decoders[0], steps=steps
-    )
+    loaders[f"moevit, {decoders[0]}, tar"] = ours(shards, workers, decoder=decoders[0], steps=steps)
     runs: dict[str, Callable] = {}
     for name, loader in loaders.items():
         inner = loader.loader if isinstance(loader, Feed) else loader
@@ -246,9 +247,7 @@ def summarise(found: dict[str, list[tuple[float, float]]], *, workers: int) -> l
     return rows
 
 
-def _ratio(
-    theirs: list[tuple[float, float]], ours: list[tuple[float, float]], clock: int
-) -> float:
+def _ratio(theirs: list[tuple[float, float]], ours: list[tuple[float, float]], clock: int) -> float:
     pairs = zip(theirs, ours, strict=True)
     return round(statistics.median(a[clock] / b[clock] for a, b in pairs), 3)
 
@@ -265,7 +264,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, shards = Path(folder) / "images", Path(folder) / "shards"
         make_images(root, arguments.images)
-        pack.pack(root, shards, split="train", side=None)
+        options = ["--root", root, "--out", shards, "--side", "0", "--splits", "train"]
+        subprocess.run([sys.executable, common.ROOT / "data" / "pack.py", *options], check=True)
         levels = check(root)
         file_bytes = [path.stat().st_size for path in (root / "train").rglob("*.JPEG")]
         runs = build(root, shards, workers=arguments.workers, count=arguments.images)

@@ -1,6 +1,6 @@
 """Rewrite a dataset as tar shards of smaller JPEGs: fewer files, fewer bytes, faster decoding.
 
-    python data/pack.py --root /data/imagenet --out /data/imagenet-256 [--side 256]
+    python data/pack.py --root /data/imagenet --out /data/imagenet-256 [--side 256] [--splits val]
 
 Any layout that training reads (docs/data.md) -> <out>/<split>/<split>-000000.tar in WebDataset's
 layout, and <out>/classes.txt. `--side` is the shorter side in pixels that larger images are resized
@@ -105,9 +105,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
     arguments = parser.parse_args()
-    splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
+    for split in arguments.splits:
         count = pack(arguments.root, arguments.out, split=split, side=arguments.side or None)
         print(f"{split}: {count} images in {arguments.out / split}")
 

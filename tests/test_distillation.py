@@ -13,11 +13,13 @@ import assemble
 import distillation
 import distributed
 import losses
+import models
 import train
 from distillation import Teacher
 from tests.test_sharding import parts, worst_error
 from tests.test_vit import relative_error
 from vit import VisionTransformer
+from weight_sources import Choice, read_source
 
 HARD = ["distillation.kind=hard", "distillation.teacher=x", "model.vit.distilled=true"]
 SMALL = {
@@ -230,6 +232,16 @@ def test_run_takes_kind_alpha_and_tau_from_its_options(ranks, small_run, resnet_
     )
     expected += 0.1 * 9 * divergence / logits_2BY[1].numel()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_training_uses_the_teacher(ranks, small_run, resnet_file, tmp_path):
+    more = ["distillation.alpha=1", "optimizer.weight_decay=0", "training.steps=1"]
+    config = small_run(*options_of(resnet_file, *more))
+    ranks(1, lambda world, config: train.train(config, world), config)
+    found = read_source(tmp_path / "run", Choice()).weights()
+    before = models.build_model(config, backend="torch", on_meta=False).state_dict()
+    assert torch.equal(found["head.weight"], before["head.weight"]), "labels have no part in it"
+    assert not torch.equal(found["head_dist.weight"], before["head_dist.weight"])
 
 
 def built(world, config):

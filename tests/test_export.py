@@ -156,8 +156,14 @@ def test_experts_saved_on_two_ranks_are_whole_in_the_export(ranks, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["model.vit.global_pool=map", *EVERYTHING], ["model.vit.img_size=[32,32]"]],
-    ids=len,
+    [
+        [],
+        ["model.vit.global_pool=map", *EVERYTHING],
+        ["model.vit.img_size=[32,32]"],
+        ["model.vit.drop_path_rate=0.1", "model.vit.drop_path_uniform=true"],
+        ["model.vit.distilled=true", "model.vit.global_pool=token"],
+    ],
+    ids=lambda overrides: overrides[0] if overrides else "plain",
 )
 def test_timm_makes_the_same_model_of_an_export(ranks, tmp_path, capsys, overrides):
     root, model, weights = run_of(ranks, tmp_path / "run", *overrides, recipe="vit_tiny_patch8_64")

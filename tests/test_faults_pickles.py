@@ -77,7 +77,8 @@ def test_a_payload_in_the_metadata_is_refused_by_name(folder, marker, place):
     ):
         with pytest.raises(ValueError, match=message):
             read()
-    with pytest.raises(BaseException, match=r"posix.mkdir"):
+    # torch 2.11 replaces the reader's reason by its own.
+    with pytest.raises(BaseException, match=r"posix.mkdir|metadata is None"):
         plain_load(folder, {"w": torch.ones(3)}, safe_dcp.SafeReader)
     assert not marker.exists()
 

@@ -80,8 +80,8 @@ def test_timm_gets_no_experts(moe):
 
 
 def test_a_parameter_that_our_vit_lacks_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"weights head_dist\.bias: our ViT has no such"):
-        formats.from_timm({"cls_token": torch.zeros(1), "head_dist.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"weights head_drop\.bias: our ViT has no such"):
+        formats.from_timm({"cls_token": torch.zeros(1), "head_drop.bias": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -143,17 +144,62 @@ def test_steps_see_the_same_images_at_any_world(root, world):
             assert torch.equal(batch[field], torch.cat([part[field] for part in parts]))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_no_bit(root, num_workers):
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_workers_world_and_resuming_change_no_bit(root, world, num_workers):
     index = index_images(root, "train")
-    assert_same(train_batches(index), train_batches(index, num_workers=num_workers))
+    raw = train_transform(**OPTIONS, is_raw=True)
+    single = list(feed(train_batches(index, batch_size=6)))
+    for start_step in range(4):
+        parts = []
+        for rank in range(world):
+            loader = train_batches(
+                index,
+                transform=raw,
+                batch_size=6 // world,
+                world=world,
+                rank=rank,
+                start_step=start_step,
+                num_workers=num_workers if rank == 0 else 0,
+                is_reused=True,
+            )
+            parts.append(list(feed(loader)))
+        for number, batch in enumerate(single[2 * start_step :]):
+            for field in range(3):
+                joined = torch.cat([part[number][field] for part in parts])
+                assert torch.equal(batch[field], joined)
 
 
-@pytest.mark.parametrize("start_step", [1, 3])
-def test_resume_equals_the_tail(root, start_step):
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+def test_an_epoch_has_each_image_once_over_three_kills(root, num_workers):
     index = index_images(root, "train")
-    tail = list(train_batches(index))[2 * start_step :]
-    assert_same(tail, train_batches(index, start_step=start_step))
+    whole = 22  # two epochs in steps of two images
+    stops, seen, step = [3, 4, 9, 11], [], 0
+    for stop in stops:
+        changes = {"batch_size": 1, "num_steps": 11, "start_step": step}
+        batches = iter(train_batches(index, num_workers=num_workers, **changes))
+        while step < stop:
+            for _ in range(2):  # microbatches; those made ahead are lost with the process
+                seen += next(batches).position_B.tolist()
+            step += 1
+        del batches
+    assert seen == list(range(whole))
+    dataset = TrainImages(ImageReader(index), transform=PLAIN, order=Order(11), seed=5)
+    for epoch in (seen[:11], seen[11:]):
+        pixels = [dataset[position].image_CHW.numpy().tobytes() for position in epoch]
+        assert len(set(pixels)) == 11
+
+
+def test_reused_memory_is_not_written_before_it_is_copied(root):
+    index = index_images(root, "train")
+    raw = train_transform(**OPTIONS, is_raw=True)
+    changes = {"transform": raw, "num_steps": 20, "num_workers": 2}
+    fresh = list(feed(train_batches(index, **changes)))
+    slow = []
+    for batch in feed(train_batches(index, **changes, is_reused=True)):
+        time.sleep(0.01)  # the workers fill all that they may
+        slow.append(batch)
+    assert_same(fresh, slow)
 
 
 def test_train_loader_counts_microbatches_and_types(root):

@@ -37,7 +37,6 @@ def train_sharded(world, build):
         betas=(0.9, 0.999),
         eps=1e-6,
         momentum=0.0,
-        num_copies={s.local: s.num_copies for s in shards},
         sum_over_ranks=distributed.sum_over_ranks,
     )
     sharding.shard_optimizer(optimizer)
@@ -95,11 +94,10 @@ def test_norm_of_experts_is_over_all_of_them_wherever_they_are(
     assert worst_error([result[0] for result in results], with_experts) <= 1e-5
 
 
-def lamb(parameters, **options):
+def lamb(parameters, sum_over_ranks=lambda value: value):
     groups = optim.parameter_groups(parameters, weight_decay=DECAY)
-    optimizer = optim.build_optimizer(
-        "lamb", groups, betas=(0.9, 0.999), eps=1e-6, momentum=0.0, **options
-    )
+    options = {"betas": (0.9, 0.999), "eps": 1e-6, "momentum": 0.0}
+    optimizer = optim.build_optimizer("lamb", groups, **options, sum_over_ranks=sum_over_ranks)
     optim.set_lr(optimizer, LR)
     return optimizer
 

@@ -13,6 +13,7 @@ import augment
 import compose
 import losses
 import optim
+import train
 from image_reader import ImageReader
 from imagenet_dataset import Order, TrainImages, step_positions, train_loader
 from layouts import index_images
@@ -248,7 +249,8 @@ def test_learning_rate_is_scaled_to_the_images_of_an_update(ranks, small_run, wo
     assert peak == lrs[0] == 1e-3
     assert groups == {(decay, 0.5**n) for decay in (0.05, 0.0) for n in range(4)}
     doubled = small_run("optimizer.lr=1e-3", "optimizer.base_batch=10", "training.update_freq=4")
-    assert ranks(1, prepared, doubled)[0][1] == 2e-3
+    lrs, peak, *_ = ranks(1, prepared, doubled)[0]
+    assert peak == lrs[0] == 2e-3
 
 
 def test_run_by_epochs_counts_them_in_updates_of_the_data_set(ranks, small_run):
@@ -311,6 +313,19 @@ def test_repeats_are_dealt_as_deit_deals_them(num_images, ranks, epoch, batch):
         theirs = theirs[: len(theirs) // batch * batch]  # its loader drops the last, short batch
         ours = dealt_by_us(num_images, ranks=ranks, rank=rank, epoch=epoch, batch=batch)
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_repeats_of_imagenet_are_dealt_as_deit_deals_them(rank):
+    theirs = dealt_by_deit(IMAGENET_IMAGES, ranks=8, rank=rank, epoch=2).split(128)
+    shuffled = torch.randperm(IMAGENET_IMAGES, generator=torch.Generator().manual_seed(2))
+    order = Order(IMAGENET_IMAGES, repeats=3, batch=128, step_images=1024)
+    for step in (0, 1, 625, 1250):
+        positions = step_positions(
+            2 * 1251 + step, microbatch=0, rank=rank, world=8, batch=128, accum=1
+        )
+        places = [order.place(position).place for position in positions]
+        assert torch.equal(shuffled[places], theirs[step])
 
 
 def test_epoch_of_imagenet_has_1251_updates_and_a_third_of_its_images():
@@ -426,6 +441,60 @@ def test_repeats_resume_from_a_step_alone(many):
         assert torch.equal(found.image_BCHW, expected.image_BCHW)
     for found, expected in zip(batches(4, world=2, rank=1), whole[17::2], strict=True):
         assert torch.equal(found.image_BCHW, expected.image_BCHW)
+
+
+AUGMENTED = [
+    [],
+    ["crop=src", "crop_scale=[0.08,1]"],
+    ["interpolation=random"],
+    ["interpolation=nearest"],
+    ["auto_augment=rand-m9-n4-p1"],
+    ["auto_augment=3aug"],
+    ["auto_augment=3aug", "color_jitter=0.4"],
+    ["reprob=1"],
+    ["reprob=1", "remode=const"],
+    ["reprob=1", "recount=9"],
+]
+
+
+def first_images(world, configs):
+    found = []
+    for config in configs:
+        run, _ = assemble.prepare(config, world)
+        batch = next(assemble.train_batches(run, start_step=0))
+        found.append(train.to_device(run, batch)[0].numpy().tobytes())
+    return found
+
+
+def test_every_option_of_augmentation_reaches_the_images_of_a_run(ranks, small_run):
+    configs = [
+        small_run(*(f"dataset.train.{option}" for option in options))
+        for options in [*AUGMENTED, AUGMENTED[-1]]
+    ]
+    (found,) = ranks(1, first_images, configs)
+    assert len(set(found)) == len(AUGMENTED), "each differs from all others"
+    assert found[-1] == found[-2], "and the same options give the same"
+
+
+def test_repeats_reach_the_images_of_a_run(ranks, small_run, many):
+    config = small_run(
+        f"dataset.train.root={many.root.parent}",
+        "dataset.train.repeats=3",
+        "dataset.train.hflip=0",
+        "dataset.train.crop_scale=[1,1]",
+        "dataset.train.crop_ratio=[1,1]",
+        "training.steps=1",
+    )
+    (found,) = ranks(1, first_pictures, config)
+    assert [found[0]] * 3 == found[:3]
+    assert found[0] != found[3]
+
+
+def first_pictures(world, config):
+    """The images of the first microbatch, by their pixels."""
+    run, _ = assemble.prepare(config, world)
+    batch = next(assemble.train_batches(run, start_step=0))
+    return [image_CHW.numpy().tobytes() for image_CHW in batch.image_BCHW]
 
 
 def test_update_freq_is_another_name_of_grad_accum_steps(small_run):
