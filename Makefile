@@ -29,6 +29,7 @@ lint: .venv/.test
 bench: .venv/.train
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.train_step $(ARGS)
 	$(BIN)/python -m benchmarks.moe_cpu
+	$(BIN)/python -m benchmarks.loader
 
 bench-gpu: .venv/.train
 	$(BIN)/python -m benchmarks.moe_gpu $(ARGS)

@@ -115,9 +115,8 @@ def _pieces(values: Any, *, start: int, end: int) -> Iterator[tuple[int, int]]: 
     """Yield where each value of a binary column lies in the file: (offset, size)."""
     _, ends, data = values.buffers()
     is_large = str(values.type) == "large_binary"
-    bounds = (memoryview(ends).cast("q") if is_large else memoryview(ends).cast("i"))[
-        values.offset : values.offset + len(values) + 1
-    ]
+    whole = memoryview(ends).cast("q") if is_large else memoryview(ends).cast("i")
+    bounds = whole[values.offset : values.offset + len(values) + 1]
     if values.null_count or not start <= data.address <= data.address + data.size <= end:
         raise KeyError("images are not stored in the file, or compressed")
     for first, last in itertools.pairwise(bounds):

@@ -31,8 +31,7 @@ SEQUENTIAL, OTHER_FRAMES, START_OF_SCAN = (
     {*range(0xC2, 0xD0)} - {0xC4, 0xC8, 0xCC},
     0xDA,
 )
-MCU_ROWS = 32  # a multiple of the rows that are coded together, at most 4 blocks of 8
-MARGIN_ROWS = 8
+MARGIN_ROWS = 4  # chroma is interpolated from one of its own rows below, which is up to 4 of these
 SEARCHED_BYTES = 1024
 SHOWN_BYTES = 16
 # What Pillow raises on damaged files; SyntaxError is its word for a broken PNG chunk.
@@ -128,8 +127,12 @@ def rgb(source: Encoded) -> np.ndarray:
     return _decode(source, scale=1)
 
 
-def rgb_of_box(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> np.ndarray:
+def rgb_of_box(
+    source: Encoded, box: Box, *, at_least: tuple[int, int], scratch: bytearray | None = None
+) -> np.ndarray:
     """Decode the pixels of a box; a scaled source as few of them as are `at_least` (h, w).
+
+    With `scratch` they may lie in it, where it is large enough, until it is used again.
 
     Shapes: box (top, left, height, width) of the full image -> uint8 [height', width', 3].
     Numerics: Without scaling these are the pixels of the whole image, bit for bit.
@@ -139,20 +142,20 @@ def rgb_of_box(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> np.nd
     """
     top, left, height, width = box
     scale = _scale(source, box, at_least=at_least)
-    pixels_HWC = _decode(without_rows_below(source, top + height), scale=scale)
+    shortened = without_rows_below(source, top + height, scale=scale)
+    pixels_HWC = _decode(shortened, scale=scale, scratch=scratch)
     rows = slice(top // scale, -(-(top + height) // scale))
     columns = slice(left // scale, -(-(left + width) // scale))
     return pixels_HWC[rows, columns]
 
 
-def without_rows_below(source: Encoded, row: int) -> Encoded:
+def without_rows_below(source: Encoded, row: int, *, scale: int = 1) -> Encoded:
     """Return a JPEG that says it ends soon after `row`, so that the rest is not decoded.
 
     Rows lie one after the other in a sequential JPEG, so a smaller height in its header is all it
     takes. Any other file is returned as it is.
     """
-    # Chroma is interpolated from the rows around: the last ones are decoded and not looked at.
-    height = (row + MARGIN_ROWS + MCU_ROWS - 1) // MCU_ROWS * MCU_ROWS
+    height = row + MARGIN_ROWS * scale
     place = _height_place(source.data) if height < source.height else None
     # A decoder that stops early does not see a truncated end.
     if place is None or END_OF_IMAGE not in source.data[-SEARCHED_BYTES:]:
@@ -179,17 +182,19 @@ def _scale(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> int:
     return next(fits, 1) if source.is_scaled else 1
 
 
-def _decode(source: Encoded, *, scale: int) -> np.ndarray:
+def _decode(source: Encoded, *, scale: int, scratch: bytearray | None = None) -> np.ndarray:
     if source.by_simplejpeg:
         import simplejpeg  # noqa: PLC0415 - optional
 
         size = -(-source.height // scale), -(-source.width // scale)
+        fits = scratch is not None and len(scratch) >= 3 * size[0] * size[1]
         try:
             return simplejpeg.decode_jpeg(
                 source.data,
                 min_height=size[0],
                 min_width=size[1],
                 min_factor=scale,
+                buffer=scratch if fits else None,
                 strict=not source.is_shortened,  # it would stumble over the rows left out
             )
         except ValueError:  # also of files that are only odd: Pillow, which is lenient, decides

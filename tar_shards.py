@@ -143,7 +143,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(path, "r:") as tar:
             for number, member in enumerate(tar, start=1):
-                tar.members.clear()  # type: ignore[attr-defined] - it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 _check_member(path, member, number=number, shard_bytes=size)
                 if member.isreg():
                     yield member

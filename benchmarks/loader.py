@@ -18,6 +18,8 @@ images_per_s / (cores x decode-only images_per_s).
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import io
 import resource
 import statistics
 import subprocess
@@ -34,19 +36,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
 
 from augment import Normaliser, train_transform
 from benchmarks import common
-from decoding import pick_decoder, read_header, rgb
+from cropping import resize
+from decoding import pick_decoder, read_header, rgb, rgb_of_box
 from feed import Feed, Tolerance
 from image_reader import ImageReader
 from imagenet_dataset import train_loader
 from layouts import index_images
 
+LARGE = (1000, 750)
 SIZE, QUALITY, CLASSES, BATCH, CROP = (500, 375), 90, 10, 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OCTAVES = {4: 60, 16: 40, 64: 30, 250: 14}  # cells across -> amplitude, about as in photographs
-GRAIN = 8  # levels of noise: with it a file has ImageNet's 110 kB
+GRAIN = 13  # levels of noise: with it a file has 100 kB, about as in ImageNet (110 kB)
 Loader = Iterable[Sequence[Tensor]]
 
 
@@ -195,6 +201,53 @@ def decode_all(files: list[bytes], decoder: str) -> Callable[[], tuple[float, fl
     return run
 
 
+def decode_all_by_torchvision(files: list[bytes]) -> Callable[[], tuple[float, float, int]]:
+    """Return the same with torchvision's own decoder, for comparison."""
+    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+
+    def run() -> tuple[float, float, int]:
+        start, used = time.perf_counter(), time.process_time()
+        for data in encoded:
+            decode_jpeg(data, mode=ImageReadMode.RGB)
+        return time.perf_counter() - start, time.process_time() - used, len(files)
+
+    return run
+
+
+def scaled_gain(decoder: str, *, repeats: int = 30) -> dict[str, object]:
+    """Compare a crop of 900 x 700 of a larger image, decoded whole and at half its size."""
+    sink = io.BytesIO()
+    picture(0).resize(LARGE, Image.Resampling.BICUBIC).save(sink, "JPEG", quality=QUALITY)
+    box, size, mode = (20, 40, 700, 900), (CROP, CROP), InterpolationMode.BILINEAR
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(2 * repeats):
+        is_scaled = bool(number % 2)
+        start = time.process_time()
+        source = read_header(sink.getvalue(), decoder=decoder, is_scaled=is_scaled)
+        resize(rgb_of_box(source, box, at_least=size), size, mode=mode)
+        times[is_scaled].append(1000 * (time.process_time() - start))
+    whole, scaled = (
+        resize(
+            rgb_of_box(
+                read_header(sink.getvalue(), decoder=decoder, is_scaled=is_scaled),
+                box,
+                at_least=size,
+            ),
+            size,
+            mode=mode,
+        ).int()
+        for is_scaled in (False, True)
+    )
+    return {
+        "image": LARGE,
+        "box": box,
+        "whole_ms": round(statistics.median(times[False]), 3),
+        "scaled_ms": round(statistics.median(times[True]), 3),
+        "mean_levels_apart": round((whole - scaled).abs().double().mean().item(), 3),
+        "max_levels_apart": int((whole - scaled).abs().max()),
+    }
+
+
 def build(root: Path, shards: Path, *, workers: int, count: int) -> dict[str, Callable]:
     """Return the timed run of each row."""
     decoders = sorted({pick_decoder("auto")[0], "pillow"}, reverse=True)
@@ -211,6 +264,7 @@ def build(root: Path, shards: Path, *, workers: int, count: int) -> dict[str, Ca
     files = [path.read_bytes() for path in paths]
     for decoder in decoders:
         runs[f"decode only, {decoder}"] = decode_all(files, decoder)
+    runs["decode only, torchvision"] = decode_all_by_torchvision(files)
     return runs
 
 
@@ -252,6 +306,13 @@ def _ratio(theirs: list[tuple[float, float]], ours: list[tuple[float, float]], c
     return round(statistics.median(a[clock] / b[clock] for a, b in pairs), 3)
 
 
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def main() -> None:
     """Measure, print a table and write it with what is needed to repeat it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -264,8 +325,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, shards = Path(folder) / "images", Path(folder) / "shards"
         make_images(root, arguments.images)
-        options = ["--root", root, "--out", shards, "--side", "0", "--splits", "train"]
-        subprocess.run([sys.executable, common.ROOT / "data" / "pack.py", *options], check=True)
+        options = ["--root", str(root), "--out", str(shards), "--side", "0", "--splits", "train"]
+        subprocess.run(
+            [sys.executable, str(common.ROOT / "data" / "pack.py"), *options], check=True
+        )
         levels = check(root)
         file_bytes = [path.stat().st_size for path in (root / "train").rglob("*.JPEG")]
         runs = build(root, shards, workers=arguments.workers, count=arguments.images)
@@ -280,6 +343,8 @@ def main() -> None:
         "workers": arguments.workers,
         "rounds": arguments.rounds,
         "pixel_levels_apart": levels,
+        "scaled_decode": scaled_gain(pick_decoder("auto")[0]),
+        "decoders": {name: _version(name) for name in ("simplejpeg", "pillow")},
     }
     common.write("loader", out=arguments.out, conditions=conditions, rows=rows)
 

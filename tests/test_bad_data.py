@@ -164,6 +164,16 @@ def test_decoding_no_further_than_the_crop_changes_no_pixel(decoder, options):
             assert (found == whole[box[0] : bottom, 3:12]).all(), (size, bottom)
 
 
+def test_scaled_decoding_no_further_than_the_crop_changes_no_pixel(decoder):
+    source = read_header(jpeg(size=(161, 200)), decoder=decoder, is_scaled=True)
+    for scale in (2, 4, 8):
+        whole = rgb_of_box(source, (0, 0, 200, 161), at_least=(200 // scale, 161 // scale))
+        for bottom in range(8, 180, 11):
+            at_least = (bottom // scale, 161 // scale)
+            found = rgb_of_box(source, (0, 0, bottom, 161), at_least=at_least)
+            assert (found == whole[: len(found)]).all(), (scale, bottom)
+
+
 def test_scaled_decoding_is_near_a_smaller_image(decoder):
     smooth = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8))
     sink = io.BytesIO()

@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from augment import Normaliser, train_transform, val_transform
-from cropping import resize
+from cropping import RandomResizedCrop, resize
 from decoding import read_header, rgb
 from feed import Feed, Tolerance
 from image_reader import ImageReader, decode_rgb
@@ -352,6 +352,19 @@ def test_train_transform_equals_torchvision_with_the_same_draws(tmp_path, mode):
             image = v2.functional.to_pil_image(cropped)
             theirs = jitter(transforms.RandomHorizontalFlip(0.5)(image))
             torch.testing.assert_close(ours, normalised(theirs), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ratio", [(0.75, 4 / 3), (5.0, 6.0), (0.1, 0.2), (1.0, 1.0)])
+def test_crops_are_drawn_as_torchvision_draws_them(ratio):
+    crop = RandomResizedCrop((8, 8), scale=(0.08, 1.0), ratio=ratio, mode=None)
+    with torch.random.fork_rng(devices=[]):
+        for seed, (height, width) in itertools.product(range(60), ((90, 70), (31, 200), (1, 1))):
+            torch.manual_seed(seed)
+            ours = crop.draw(height, width)
+            torch.manual_seed(seed)
+            image_CHW = torch.empty(3, height, width)
+            theirs = transforms.RandomResizedCrop.get_params(image_CHW, [0.08, 1.0], list(ratio))
+            assert ours == tuple(theirs)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

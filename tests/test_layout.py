@@ -272,7 +272,7 @@ PYTHON_GUARDS = [
 EXAMPLES = [
     (wrong_levels, "import train", "import schema"),
     (wrong_levels, "def f():\n    from layers import x", "from seeds import x"),
-    (wrong_levels, "import optim", "import image_index as optim"),
+    (wrong_levels, "import optim", "import seeds as optim"),
     (broken_seams, "import megatron_fsdp.utils", "import torch"),
     (broken_seams, "from triton import jit", "from torch import jit"),
     (broken_seams, "importlib.import_module('wandb.x')", "f('wandb')"),

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zlib
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
