@@ -33,6 +33,10 @@ from safe_dcp import SafeReader, untrusted_reason
 _MAX_JSON_BYTES = 8 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS = 8
+_MAX_SHOWN = 20
+
+# Names of figures as users of the option know them, where ours differ.
+_FIGURES = {"val_top1": "top1", "val_top5": "top5"}
 
 TensorTree = dcp_writer.TensorTree
 NonFiniteTensorError = dcp_writer.NonFiniteTensorError
@@ -182,6 +186,20 @@ def candidates(root: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
+def figure_name(metric: str | None) -> str | None:
+    """Return "+name" or "-name" with the name that the figure has in state.json."""
+    return metric and f"{metric[0]}{_FIGURES.get(metric[1:], metric[1:])}"
+
+
+def claimed_figures(folder: Path) -> dict[str, object]:
+    """Return the figures in state.json, not verified; none where it cannot be read."""
+    try:
+        metrics = _read_json(folder / STATE).get("metrics")
+    except (OSError, ValueError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
+
+
 def score(folder: Path, metric: str) -> float:
     """Return how good the checkpoint says it is, more is better; -infinity if it does not say.
 
@@ -189,9 +207,8 @@ def score(folder: Path, metric: str) -> float:
     """
     sign = {"+": 1.0, "-": -1.0}[metric[0]]
     try:
-        metrics = _read_json(folder / STATE)["metrics"]
-        value = sign * float(metrics[metric[1:]])  # type: ignore[index]
-    except (OSError, KeyError, TypeError, ValueError):
+        value = sign * float(claimed_figures(folder)[metric[1:]])  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError):
         return -math.inf
     return value if math.isfinite(value) else -math.inf
 
@@ -264,7 +281,9 @@ def _check_keys(folder: Path, tensors: TensorTree) -> None:
     # Shapes are compared by who has the tensor, but all must stop if one does.
     problems = dict.fromkeys(item for items in dcp_writer.exchange(found) for item in items)
     if problems:
-        raise ValueError(f"checkpoint {folder}: {len(problems)} differences: {'; '.join(problems)}")
+        shown = [*problems][:_MAX_SHOWN]
+        shown += [f"and {len(problems) - len(shown)} more"] * (len(problems) > len(shown))
+        raise ValueError(f"checkpoint {folder}: {len(problems)} differences: {'; '.join(shown)}")
 
 
 def load(checkpoint: Checkpoint, tensors: TensorTree) -> None:

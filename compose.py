@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from schema import Config, walk
 from validation import validate
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
+_NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
 def _thaw(node: DictConfig) -> DictConfig:
@@ -96,6 +98,26 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
     return validate(config)
 
 
+def _parse(override: str) -> DictConfig:
+    """Return the options that `name=value` sets.
+
+    Raises:
+        ValueError: It is not of that form, or gives a whole section one value.
+    """
+    name, equals, _ = override.partition("=")
+    if not equals or not _NAME.fullmatch(name):
+        raise ValueError(f"config {override}: must be name=value of an option of schema.py")
+    try:
+        given = OmegaConf.from_dotlist([override])
+    except YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"config {override}: the value is not YAML: {problem}") from error
+    inside = [option for option, _, _ in walk(Config()) if option.startswith(f"{name}.")]
+    if inside and not isinstance(OmegaConf.select(given, name), DictConfig):
+        raise ValueError(f"config {override}: is a section; set one of its options, as {inside[0]}")
+    return given
+
+
 def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
     """Return the validated options of `dataclasses.asdict(config)`, as read again from JSON.
 
@@ -105,8 +127,8 @@ def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
         ValueError: An option is unknown, of the wrong type or out of range.
     """
     try:
-        given = OmegaConf.from_dotlist(overrides)
-        merged = OmegaConf.merge(_thaw(OmegaConf.structured(Config)), dict(values), given)
+        given = [_parse(override) for override in overrides]
+        merged = OmegaConf.merge(_thaw(OmegaConf.structured(Config)), dict(values), *given)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error

@@ -14,13 +14,15 @@ Examples:
     python evaluate.py vit_small.safetensors --config-name vit_small_patch16_224
     python evaluate.py ckpts/vit --images cat.jpg dog.png --names classes.txt
 
-Exit codes: 0 done, 2 something cannot be read or does not fit; one line on stderr says what.
+Exit codes: 0 done, 2 something cannot be read or does not fit, 130 interrupted; one line on stderr
+says what.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -33,13 +35,23 @@ import distributed
 import image_reader
 import models
 import scoring
+import weight_files
 from distributed import World
 from logbook import print_table
-from schema import Config
-from weight_sources import Choice, Source, name_options, read_source
+from schema import Config, walk
+from weight_sources import BEST, Choice, Source, name_options, picked_metric, read_source
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 GUESSES = 5
+# Sections that only training reads.
+UNUSED = ("training", "optimizer", "fsdp", "distillation", "init")
+# Of the network, what may differ from training: the rest decides what the weights compute.
+FREE = (
+    "model.vit.dynamic_img_size",
+    "model.vit.dynamic_img_pad",
+    "model.moe.kernels",
+    "model.moe.capacity_factor",
+)
 
 
 def load_model(source: Source, config: Config, device: torch.device) -> nn.Module:
@@ -56,6 +68,44 @@ def load_model(source: Source, config: Config, device: torch.device) -> nn.Modul
         problem = " ".join(str(error).split())
         raise ValueError(f"{source.origin}: {problem}") from error
     return model.to(device, models.pick_dtype(config.model.dtype, device)).eval()
+
+
+def check_used(arguments: argparse.Namespace) -> None:
+    """Refuse arguments that would do nothing, and a file that could not be written at the end.
+
+    Raises:
+        ValueError: There is one.
+        FileNotFoundError: The folder of --json is not there.
+    """
+    if arguments.names and not arguments.images:
+        raise ValueError(f"--names {arguments.names}: has no effect without --images")
+    if arguments.per_class and arguments.images:
+        raise ValueError("--per-class: has no effect with --images")
+    for override in arguments.overrides:
+        if re.split(r"[.=]", override)[0] in UNUSED:
+            raise ValueError(f"config {override}: has no effect here, only in training")
+    path = arguments.json
+    if path and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {path}: there is no folder {path.absolute().parent}")
+    if path and path.exists() and not path.is_file():
+        raise ValueError(f"--json {path}: exists and is no file")
+
+
+def restore(source: Source, overrides: list[str]) -> Config:
+    """Return the options of a source with `overrides`, none of which changes the network.
+
+    Raises:
+        ValueError: One does, or cannot be.
+    """
+    trained = {name: value for name, _, value in walk(compose.restore(source.config, []))}
+    config = compose.restore(source.config, overrides)
+    for name, _, value in walk(config):
+        is_network = name.startswith(("model.vit.", "model.moe.")) and name not in FREE
+        if is_network and value != trained[name]:
+            raise ValueError(
+                f"config {name}={value}: must be {trained[name]}, as in {source.origin}"
+            )
+    return config
 
 
 def by_class(sums_Y4: Tensor, classes: list[str]) -> dict[str, dict[str, float]]:
@@ -143,6 +193,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pick", choices=("newest", "best"), default="newest", help="of a run's checkpoints"
     )
+    parser.add_argument("--metric", help=f"of the best; default: lowest, --metric={BEST}")
     parser.add_argument("--per-class", action="store_true", help="a line for each class")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to a file")
     parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="classify these")
@@ -158,17 +209,18 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: It cannot be done.
     """
-    if arguments.names and not arguments.images:
-        raise ValueError(f"--names {arguments.names}: has no effect without --images")
-    metric = "-val_loss" if arguments.pick == "best" else None
+    check_used(arguments)
+    metric = picked_metric(arguments.pick, arguments.metric)
     source = read_source(arguments.source, Choice(weights=arguments.weights, metric=metric))
     overrides = arguments.overrides
     if arguments.config_name:
         source, overrides = name_options(source, arguments.config_name, overrides), []
     if not source.config:
         raise ValueError(f"{source.origin} has no options of a run: say --config-name NAME")
-    config = compose.restore(source.config, overrides)
+    config = restore(source, overrides)
     with distributed.process_group(config.device, timeout_s=config.distributed.timeout_s) as world:
+        if world.is_main:
+            source.print_notes()
         model = load_model(source, config, world.device)
         result: dict[str, object]
         if arguments.images:
@@ -184,7 +236,8 @@ def run(arguments: argparse.Namespace) -> None:
             if world.is_main:
                 print_scores(result, origin=source.origin, per_class=arguments.per_class)
         if arguments.json and world.is_main:
-            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+            with weight_files.in_place_of(arguments.json) as partial:
+                partial.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main(argv: list[str]) -> int:
@@ -195,6 +248,9 @@ def main(argv: list[str]) -> int:
         rank, _, _ = distributed.launch_facts()
         print(f"error (rank {rank}): {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

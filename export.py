@@ -34,24 +34,38 @@ Exit codes: 0 done, 2 something cannot be converted or written; one line on stde
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import re
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import formats
 import weight_files
-from dcp_writer import MANIFEST, METADATA, NAME
+from dcp_writer import MANIFEST, METADATA, NAME, STATE
 from formats import Json, MtlFile
 from model_options import ViTOptions
-from weight_sources import Choice, Source, name_options, read_source
+from weight_sources import BEST, Choice, Source, name_options, picked_metric, read_source
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")
 GB = 10**9
 MAX_SHARD_GB = 5.0
+# All that an export to a folder can be made of.
+_EXPORTED = re.compile(
+    "|".join(
+        map(
+            re.escape,
+            (MANIFEST, METADATA, STATE, weight_files.SINGLE_NAME, weight_files.INDEX_NAME),
+        )
+    )
+    + r"|__\d+_\d+\.distcp|model-\d{5}-of-\d{5}\.safetensors"
+)
 
 
 def timm_call(config: Json, path: Path) -> str:
@@ -123,6 +137,12 @@ def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
     known = (METADATA, weight_files.SINGLE_NAME, weight_files.INDEX_NAME)
     if path.is_dir() and not any((path / name).exists() for name in known):
         raise ValueError(f"--output {path}: is a folder but no export; remove it yourself")
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        if entry.is_dir() or not _EXPORTED.fullmatch(entry.name):
+            raise ValueError(
+                f"--output {path}: holds {entry.name}, which no export writes; move it away, or "
+                "name another folder"
+            )
 
 
 def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
@@ -182,9 +202,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pick", choices=("newest", "best"), default="newest", help="of a run folder's checkpoints"
     )
-    parser.add_argument(
-        "--metric", default="-val_loss", help="of the best; default: lowest, --metric=-val_loss"
-    )
+    parser.add_argument("--metric", help=f"of the best; default: lowest, --metric={BEST}")
     parser.add_argument("--stem", help="which files of ranks: <stem>_rank<r>.pth")
     parser.add_argument("--config-name", metavar="NAME", help="recipe of a file without options")
     parser.add_argument("--max-shard-gb", type=float, help=f"default: {MAX_SHARD_GB}")
@@ -200,8 +218,6 @@ def check_used(arguments: argparse.Namespace) -> None:
     """
     if arguments.overrides and arguments.config_name is None:
         raise ValueError(f"{arguments.overrides[0]}: has no effect without --config-name")
-    if arguments.metric[:1] not in ("+", "-"):
-        raise ValueError(f"--metric {arguments.metric}: must be +name (highest) or -name (lowest)")
     limit = arguments.max_shard_gb
     if limit is not None and (arguments.to != "safetensors" or not limit > 0):
         raise ValueError(f"--max-shard-gb {limit}: must be more than 0, and is for safetensors")
@@ -214,11 +230,11 @@ def export(arguments: argparse.Namespace) -> None:
         ValueError, OSError: It cannot be done; the message is one line.
     """
     check_used(arguments)
+    metric = picked_metric(arguments.pick, arguments.metric)
     path = output_path(arguments.output, arguments.to, pick=arguments.pick)
     check_free(path, source=arguments.source, overwrite=arguments.overwrite)
-    metric = arguments.metric if arguments.pick == "best" else None
-    choice = Choice(arguments.weights, metric, arguments.stem)
-    source = read_source(arguments.source, choice)
+    source = read_source(arguments.source, Choice(arguments.weights, metric, arguments.stem))
+    source.print_notes()
     if arguments.config_name is not None:
         source = name_options(source, arguments.config_name, arguments.overrides)
     limit_gb = arguments.max_shard_gb or MAX_SHARD_GB
@@ -228,10 +244,29 @@ def export(arguments: argparse.Namespace) -> None:
         print(line)
 
 
+def _exit_by_signal(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _removing_partial_files() -> Iterator[None]:
+    """Let SIGTERM end the program as an error does, so that what is half written goes."""
+    before = signal.signal(signal.SIGTERM, _exit_by_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: list[str]) -> int:
     """Run the command line; return its exit code."""
     try:
-        export(parse(argv))
+        with _removing_partial_files():
+            export(parse(argv))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR

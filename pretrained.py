@@ -21,7 +21,6 @@ import formats
 import routers
 import sharding
 import warm_start
-import weight_files
 from assemble import Run
 from dcp_writer import outcome_of, tell_all
 from formats import MtlFile, Weights
@@ -79,25 +78,8 @@ def _options(source: Source) -> Mapping[str, object]:
     return source.content.meta if isinstance(source.content, MtlFile) else {}
 
 
-def _state_dict(path: Path) -> Weights:
-    """Return the state dict of a file by its own names, without DDP's `module.`; {} if none."""
-    if path.suffix == ".safetensors":
-        found: object = weight_files.read_safetensors(path)[0]
-    else:
-        found = weight_files.read_pickle(path)
-        for key in ("model", "state_dict"):
-            found = found.get(key, found) if isinstance(found, dict) else found
-    if not (weight_files.is_tensors(found) and isinstance(found, dict)):
-        return {}
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
-
-
 def _read_source(path: Path) -> tuple[Source, Weights]:
-    """Read whatever is at `path`; return apart what a distilled model has besides."""
-    if path.is_file():
-        bare, second = warm_start.split_distillation(_state_dict(path))
-        if second and not formats.is_m3vit(bare):
-            return Source(formats.from_timm(bare), {}, str(path)), second
+    """Read whatever is at `path`; return apart what a distilled model of M3ViT has besides."""
     source = read_source(path, Choice())
     if not isinstance(source.content, MtlFile):
         return source, {}
@@ -114,7 +96,8 @@ def _from_timm(name: str) -> Pretrained:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"config init.checkpoint={name}: timm cannot load its weights: {reason}"
+            f"config init.checkpoint={name}: no such file, and timm cannot load weights of that "
+            f"name: {reason}"
         ) from error
     if not isinstance(model, TimmVisionTransformer):
         raise ValueError(f"config init.checkpoint={name}: is no ViT: {type(model).__name__}")

@@ -22,19 +22,17 @@ import sharding
 from assemble import Run
 from logbook import Logbook, versions
 
-# Names of figures as users of the option know them, where ours differ.
-_FIGURES = {"val_top1": "top1", "val_top5": "top5"}
 
+def facts(
+    run: Run, *, step: int, figures: Mapping[str, float], is_stop: bool = False
+) -> dict[str, object]:
+    """Return the JSON state of a checkpoint: all that resuming needs besides the tensors.
 
-def figure_name(metric: str | None) -> str | None:
-    """Return "+name" or "-name" with the name that the figure has in state.json."""
-    return metric and f"{metric[0]}{_FIGURES.get(metric[1:], metric[1:])}"
-
-
-def facts(run: Run, *, step: int, figures: Mapping[str, float]) -> dict[str, object]:
-    """Return the JSON state of a checkpoint: all that resuming needs besides the tensors."""
+    `is_stop`: the run was asked to stop there and is to go on from there.
+    """
     return {
         "step": step,
+        "stopped": is_stop,
         "images_seen": step * run.global_batch,
         "global_batch": run.global_batch,
         "seed": run.config.training.seed,
@@ -75,6 +73,13 @@ def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
                 f"resume {found.folder}: {name}={now[name]}, the checkpoint has "
                 f"{found.state[name]}{made_of}; use the same, or another training.checkpoint.path"
             )
+    decay = run.config.training.ema_decay
+    had_decay = dict(_flatten(found.state["config"])).get("training.ema_decay")
+    if (decay is None) != (had_decay is None):
+        raise ValueError(
+            f"config training.ema_decay={decay}: {found.folder} was saved with {had_decay}; an "
+            "average of the weights begins with the run (use another training.checkpoint.path)"
+        )
     if found.step > run.config.training.steps:
         raise ValueError(
             f"config training.steps={run.config.training.steps}: must be at least {found.step}, "
@@ -92,6 +97,7 @@ class Start:
     found: checkpoint.Checkpoint | None
     rejected: Mapping[Path, str]
     changed: list[str]
+    superseded: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -99,16 +105,30 @@ class Start:
         return 0 if self.found is None else self.found.step
 
 
+def _pick(run: Run) -> tuple[checkpoint.Checkpoint | None, Mapping[Path, str]]:
+    """Return the checkpoint to go on from, and why others cannot be. Collective.
+
+    That is the newest, unless `resume_from_metric` says the best: a run that was only stopped, or
+    is complete, goes on from its newest all the same.
+    """
+    newest, rejected = checkpoint.find_newest(run.folder)
+    metric = checkpoint.figure_name(run.config.training.checkpoint.resume_from_metric)
+    is_over = newest is None or newest.step >= run.config.training.steps
+    if metric is None or newest is None or is_over or newest.state.get("stopped"):
+        return newest, rejected
+    return checkpoint.find_newest(run.folder, metric=metric)
+
+
 def resume(run: Run) -> Start:
     """Load the newest or best complete checkpoint of the run folder, if any. Collective."""
-    metric = figure_name(run.config.training.checkpoint.resume_from_metric)
-    found, rejected = checkpoint.find_newest(run.folder, metric=metric)
+    found, rejected = _pick(run)
     if found is None:
         return Start(None, rejected, [])
     changed = check_resumable(run, found)
+    superseded = run_folder.supersede(run.folder, found.folder, apart_from=rejected)
     checkpoint.load(found, run.tensors())
     sharding.install_weights(run.model)
-    return Start(found, rejected, changed)
+    return Start(found, rejected, changed, superseded)
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -150,6 +170,8 @@ def note_start(logbook: Logbook, start: Start) -> None:
     """Log what was resumed from, with which changes, and what was passed over."""
     for path, reason in start.rejected.items():
         logbook.event("rejected", folder=str(path), reason=reason)
+    for name in start.superseded:
+        logbook.event("superseded", now=name)
     if start.found is not None:
         where = str(start.found.folder)
         logbook.event("resumed", step=start.step, folder=where, changed=start.changed)

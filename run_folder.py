@@ -81,6 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         return _try_lock(folder)
 
+    is_new = not folder.exists()
     held = dcp_writer.outcome_of(take) if dist.get_rank() == 0 else None
     dcp_writer.tell_all(held)
     try:
@@ -90,6 +91,9 @@ def locked(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a folder that is gone needs no lock
                 (folder / LOCK).unlink()
             os.close(held)
+            if is_new:
+                with contextlib.suppress(OSError):  # it stays, unless nothing came of the run
+                    folder.rmdir()
 
 
 def _trash(root: Path) -> Path:
@@ -136,6 +140,35 @@ def check_writable(folder: Path, num_bytes: int) -> None:
         shutil.rmtree(probe.parent, ignore_errors=True)
     if blind:
         raise OSError(f"folder {folder}: ranks {blind} do not see the files of rank 0 there")
+
+
+def supersede(root: Path, folder: Path, *, apart_from: Collection[Path]) -> list[str]:
+    """Rename the checkpoints newer than `folder`, which the run goes on from. Collective.
+
+    They are of a past that will not be: left under their names, the next start would take them for
+    the newest. Returns the new names; nobody deletes them, and damaged ones (`apart_from`) stay.
+
+    Raises:
+        OSError: On every rank, if one cannot be renamed.
+    """
+
+    def rename() -> list[str]:
+        folders = checkpoint.candidates(root)
+        newer = [path for path in folders[: folders.index(folder)] if path not in apart_from]
+        return [path.rename(_unused(path)).name for path in newer]
+
+    names = dcp_writer.outcome_of(rename) if dist.get_rank() == 0 else None
+    told = dcp_writer.tell_all(names)
+    assert isinstance(told, list), "rank 0 has renamed them"
+    return told
+
+
+def _unused(path: Path) -> Path:
+    attempt, name = 1, path.with_name(f"superseded_{path.name}")
+    while os.path.lexists(name):
+        attempt += 1
+        name = path.with_name(f"superseded_{path.name}_{attempt}")
+    return name
 
 
 @dataclass(frozen=True)

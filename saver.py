@@ -17,7 +17,7 @@ import run_folder
 from assemble import Run
 from async_checkpoint import AsyncSaver, Committed
 from logbook import Logbook
-from resume import Start, facts, figure_name
+from resume import Start, facts
 
 MAX_FAILURES = 3
 
@@ -62,7 +62,9 @@ class Saver:
             self._background = AsyncSaver(timeout_s=run.config.distributed.timeout_s)
             self._background.prepare(run.tensors())
 
-    def save(self, *, step: int, figures: Mapping[str, float], is_last: bool) -> None:
+    def save(
+        self, *, step: int, figures: Mapping[str, float], is_last: bool, is_stop: bool = False
+    ) -> None:
         """Save what the run holds after `step` updates; `is_last` returns when it is on disk.
 
         Raises:
@@ -71,7 +73,7 @@ class Saver:
         """
         self.drain()
         self._step, self._began, self._stalled_s = step, time.perf_counter(), 0.0
-        state = facts(self._run, step=step, figures=figures)
+        state = facts(self._run, step=step, figures=figures, is_stop=is_stop)
         loss = figures.get("val_loss", figures["loss"])
         if self._background is not None and not is_last:
             self._background.begin(
@@ -95,10 +97,12 @@ class Saver:
         self._succeed(Committed(folder, swept))
 
     def ensure(self, *, step: int, figures: Mapping[str, float]) -> None:
-        """Return when what the run holds after `step` updates is on disk; raises as `save`."""
+        """Return when what the run holds is on disk, to go on from; raises as `save`."""
         self.drain()
-        if self._saved_step != step:
-            self.save(step=step, figures=figures, is_last=True)
+        # Where a figure decides on what to resume from, only a stop's own checkpoint overrules it.
+        by_figure = self._run.config.training.checkpoint.resume_from_metric is not None
+        if self._saved_step != step or by_figure:
+            self.save(step=step, figures=figures, is_last=True, is_stop=True)
 
     def poll(self) -> None:
         """Take note of a save that has ended in the background; call after every step.
@@ -126,7 +130,7 @@ class Saver:
 
     def _retention(self) -> functools.partial[run_folder.Swept]:
         options = self._run.config.training.checkpoint
-        metric = figure_name(options.resume_from_metric) or "-val_loss"
+        metric = checkpoint.figure_name(options.resume_from_metric) or "-val_loss"
         return functools.partial(
             _retain,
             known=self._known,

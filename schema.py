@@ -213,7 +213,10 @@ class TrainingOptions:
     bce_sum: bool = option(False, "sum over classes (timm's option), not their mean")
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=1)
     ema_decay: float | None = option(
-        None, "per update, of an average of the weights, validated too; null: none", low=0, high=1
+        None,
+        "per update, of an average of the weights, validated too; null: none",
+        low=1e-6,
+        high=1 - 1e-9,
     )
     seed: int = option(0, "seed of weights, order, augmentation and dropout", low=0)
     checkpoint: CheckpointOptions = section(CheckpointOptions)

@@ -250,6 +250,14 @@ def _check_mixing(config: Config) -> None:
                 f"config dataset.train.{name}={given[name]}: has no effect with "
                 f"mixup={train.mixup} and cutmix={train.cutmix}"
             )
+    if (train.mixup or train.cutmix) and not train.mixup_prob:
+        raise ValueError("config dataset.train.mixup_prob=0: nothing is mixed (or set both to 0)")
+    if train.mixup and train.cutmix and train.mixup_switch_prob in (0, 1):
+        never = "cutmix" if train.mixup_switch_prob == 0 else "mixup"
+        raise ValueError(
+            f"config dataset.train.mixup_switch_prob={train.mixup_switch_prob}: {never} is never "
+            f"drawn (set {never}=0 instead)"
+        )
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ValueError(
             f"config dataset.train.batch_size={train.batch_size}: must be even, mixup and cutmix "

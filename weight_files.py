@@ -37,6 +37,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # A file of one rank: `3.pth`, or `<stem>_rank3.pth`.
 _SHARD = re.compile(r"(?:(?P<stem>.+)_rank)?(?P<rank>\d+)\.pth")
+# One of several files of a model.
+_PART = re.compile(r".+-\d+-of-(?P<files>\d+)\.safetensors")
 _BLOCKED = re.compile(r"(?:GLOBAL|class|function) ([\w.]*\w)")
 # What the restricted unpickler raises for code and for damaged bytes.
 _DAMAGED = (
@@ -96,6 +98,8 @@ def in_place_of(target: Path) -> Iterator[Path]:
         fsync(target.parent)
     finally:
         _delete(partial)
+        if old.exists() and not target.exists():
+            old.rename(target)
     _delete(old)
 
 
@@ -125,6 +129,11 @@ def _read_json(path: Path) -> Json:
 def _safetensors_files(path: Path) -> list[Path]:
     """Return the files that the weights at `path`, a file or a folder, are in."""
     if path.is_file():
+        if (part := _PART.fullmatch(path.name)) and int(part["files"]) > 1:
+            raise ValueError(
+                f"file {path}: is one of the {int(part['files'])} files of a model; "
+                f"name their folder, {path.parent}"
+            )
         return [path]
     if not (path / INDEX_NAME).is_file():
         return [path / SINGLE_NAME]
@@ -218,6 +227,8 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
         except CheckpointException as error:  # no Exception: nobody else would catch it
             cause, _ = next(iter(error.failures.values()))
+            if not isinstance(cause, Exception):  # Ctrl-C, or a signal that ends the program
+                raise cause from error
             raise OSError(f"checkpoint {folder}: {cause}") from error
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,19 +25,31 @@ from checkpoint import Checkpoint
 from dcp_writer import MANIFEST, METADATA
 from formats import Json, MtlFile, Weights
 
+BEST = "-val_loss"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What was read: our weights or a file of M3ViT, and the options of the run, {} if unknown."""
+    """What was read: our weights or a file of M3ViT, and the options of the run, {} if unknown.
+
+    `passed_over` says which checkpoints of the run would have been chosen, and what is wrong with
+    them.
+    """
 
     content: Weights | MtlFile
     config: Json
     origin: str
+    passed_over: tuple[str, ...] = ()
 
     def weights(self) -> Weights:
         """Return the weights by our names."""
         is_mtl = isinstance(self.content, MtlFile)
         return formats.from_mtl(self.content) if is_mtl else self.content  # type: ignore[arg-type, return-value]
+
+    def print_notes(self) -> None:
+        """Say on stderr what was passed over."""
+        for problem in self.passed_over:
+            print(f"note: passed over {problem}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +66,48 @@ class Choice:
     stem: str | None = None
 
 
-def find_checkpoint(run_folder: Path, *, metric: str | None) -> Checkpoint:
+def picked_metric(pick: str, metric: str | None) -> str | None:
+    """Return the figure of the checkpoint that --pick and --metric ask for, None for the newest.
+
+    Raises:
+        ValueError: The figure has no sign, or no effect.
+    """
+    if pick != "best":
+        if metric is not None:
+            raise ValueError(f"--metric {metric}: has no effect without --pick best")
+        return None
+    metric = BEST if metric is None else metric
+    if metric[:1] not in ("+", "-"):
+        raise ValueError(f"--metric {metric}: must be +name (highest) or -name (lowest)")
+    return metric
+
+
+def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
     """Return the newest complete checkpoint of a run, or the best one by a figure of its state.
 
-    `metric` is "+name" where the highest figure is the best and "-name" where the lowest is.
+    Also returned is what is wrong with those that come before it. `metric` is "+name" where the
+    highest figure is the best and "-name" where the lowest is.
 
     Raises:
         ValueError: None is complete, or none has the figure.
     """
     folders = checkpoint.candidates(run_folder)
-    if metric is not None:
-        scored = [(checkpoint.score(folder, metric), folder) for folder in folders]
-        folders = [folder for value, folder in scored if math.isfinite(value)]
+    if figure := checkpoint.figure_name(metric):
+        scores = {folder: checkpoint.score(folder, figure) for folder in folders}
+        known = {name for folder in folders for name in checkpoint.claimed_figures(folder)}
+        folders = [folder for folder in folders if math.isfinite(scores[folder])]
         if not folders:
-            raise ValueError(f"--metric {metric}: no checkpoint in {run_folder} has this figure")
-        folders.sort(key=lambda folder: checkpoint.score(folder, metric), reverse=True)
-    problems = []
+            raise ValueError(
+                f"--metric {metric}: no checkpoint in {run_folder} has this figure "
+                f"(there are: {', '.join(sorted(known)) or 'none'})"
+            )
+        folders.sort(key=lambda folder: scores[folder], reverse=True)
+    problems: list[str] = []
     for folder in folders:
         try:
-            return checkpoint.verify(folder)
+            return checkpoint.verify(folder), tuple(problems)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(str(error).removeprefix("checkpoint "))
     raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
 
 
@@ -95,6 +129,21 @@ def _parse_options(text: object) -> Json:
 def _read_checkpoint(found: Checkpoint, choice: Choice) -> Source:
     weights = weight_files.read_dcp(found.folder, choice.weights)
     return Source(weights, _our_options(found.state.get("config")), str(found.folder))
+
+
+def _read_run(folder: Path, choice: Choice) -> Source:
+    found, passed_over = find_checkpoint(folder, metric=choice.metric)
+    return dataclasses.replace(_read_checkpoint(found, choice), passed_over=passed_over)
+
+
+def _refuse_unused(path: Path, choice: Choice, *, is_run: bool, is_ranks: bool) -> None:
+    """Refuse what says which of several to take, where there is one."""
+    if choice.metric is not None and not is_run:
+        raise ValueError(f"--pick best: has no effect on {path}, which is no run folder")
+    if choice.stem is not None and not is_ranks:
+        raise ValueError(
+            f"--stem {choice.stem}: has no effect on {path}, which is no folder of ranks' files"
+        )
 
 
 def _state_dict(content: object, path: Path, *, key: str | None) -> Weights:
@@ -162,17 +211,20 @@ def read_source(path: Path, choice: Choice) -> Source:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    is_run = not names & {MANIFEST, METADATA} and bool(checkpoint.candidates(path))
+    known = {MANIFEST, METADATA, weight_files.INDEX_NAME, weight_files.SINGLE_NAME}
+    is_ranks = path.is_dir() and not is_run and not names & known
+    _refuse_unused(path, choice, is_run=is_run, is_ranks=is_ranks)
     if path.is_dir():
-        names = {entry.name for entry in path.iterdir()}
         if MANIFEST in names:
             return _read_checkpoint(checkpoint.verify(path), choice)
         if METADATA in names:
             origin = f"{path} (not verified: it has no {MANIFEST})"
             return Source(weight_files.read_dcp(path, choice.weights), {}, origin)
-        if checkpoint.candidates(path):
-            return _read_checkpoint(find_checkpoint(path, metric=choice.metric), choice)
-        is_safetensors = bool(names & {weight_files.INDEX_NAME, weight_files.SINGLE_NAME})
-        if not is_safetensors:
+        if is_run:
+            return _read_run(path, choice)
+        if is_ranks:
             return _read_shards(path, choice)
     elif path.suffix != ".safetensors":
         return _read_pickle(path, choice)
@@ -207,4 +259,4 @@ def name_options(source: Source, config_name: str, overrides: list[str]) -> Sour
             problems.append(f"{name} is {shapes}")
     if problems:
         raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
-    return Source(weights, dataclasses.asdict(config), source.origin)
+    return dataclasses.replace(source, content=weights, config=dataclasses.asdict(config))

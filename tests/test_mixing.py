@@ -89,6 +89,20 @@ def test_the_same_images_are_mixed_alike_on_one_and_two_ranks(ranks, small_run):
             ["dataset.train.mixup=1", "dataset.train.mixup_switch_prob=0.9"],
             r"mixup_switch_prob=0.9: has no effect with mixup=1.0 and cutmix=0.0",
         ),
+        (
+            ["dataset.train.mixup=1", "dataset.train.mixup_prob=0"],
+            r"mixup_prob=0: nothing is mixed",
+        ),
+        (
+            [
+                "dataset.train.mixup=1",
+                "dataset.train.cutmix=1",
+                "dataset.train.mixup_switch_prob=0",
+            ],
+            r"mixup_switch_prob=0.0: cutmix is never drawn",
+        ),
+        (["training.ema_decay=1"], r"training.ema_decay=1.0"),
+        (["training.ema_decay=0"], r"training.ema_decay=0.0"),
         (["dataset.train.cutmix=1"], r"batch_size=5: must be even, mixup and cutmix mix pairs"),
     ],
 )

@@ -153,7 +153,7 @@ def test_a_second_run_is_refused_and_told_who_has_the_folder(ranks, tmp_path):
     process.join(10)
     assert messages[0] == messages[1], "every rank is told"
     assert f"folder {root}: in use by pid {pid} on " in messages[0]
-    assert list(root.iterdir()) == [], "the lock is not litter"
+    assert not root.exists(), "neither the lock nor an empty folder is left behind"
 
 
 def test_a_killed_runs_lock_does_not_hold(ranks, tmp_path):
@@ -283,3 +283,15 @@ def test_a_lock_file_replaced_while_it_is_locked_is_locked_anew(tmp_path, monkey
     assert len(calls) == 2
     assert os.path.samestat(os.fstat(descriptor), (tmp_path / run_folder.LOCK).stat())
     os.close(descriptor)
+
+
+def test_a_folder_that_nothing_came_of_is_not_left_behind(ranks, tmp_path):
+    (tmp_path / "theirs").mkdir()
+
+    def fail_in(world, folder):
+        with pytest.raises(ValueError, match="early"), run_folder.locked(folder):
+            raise ValueError("early")
+
+    for name in ("new", "theirs"):
+        ranks(2, fail_in, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

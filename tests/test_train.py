@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -418,6 +419,65 @@ def test_resume_refuses_what_would_not_continue_the_run(ranks, small_run, change
     def refused(world):
         with pytest.raises(ValueError, match=message):
             train.train(small_run("training.steps=2", *change.split()), world)
+
+    ranks(1, refused)
+
+
+def trained_with(ranks, small_run, *options):
+    ranks(1, lambda world: train.train(small_run(*options), world))
+
+
+def train_worse_and_worse(world, config):
+    real = train.validate
+    losses = iter(range(1, 100))
+    train.validate = lambda run, stop=None: real(run, stop) | {"val_loss": float(next(losses))}
+    train.train(config, world)
+
+
+def test_the_best_is_resumed_and_newer_steps_are_set_aside(ranks, small_run, tmp_path, capfd):
+    saved = ["training.val_interval=2", "training.checkpoint.keep_last=9"]
+    ranks(1, train_worse_and_worse, small_run(*saved, "training.steps=6"))
+    by_figure = small_run(
+        *saved, "training.steps=8", "training.checkpoint.resume_from_metric=-val_loss"
+    )
+    capfd.readouterr()
+    ranks(1, train_worse_and_worse, by_figure)
+    assert "resumed step=2" in capfd.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "run").glob("superseded_step_*"))
+    assert names == ["superseded_step_4_loss_2.000", "superseded_step_6_loss_3.000"]
+    ranks(1, train_worse_and_worse, by_figure)
+    assert "training is complete: 8 steps" in capfd.readouterr().out, "a complete run stays so"
+
+
+def test_a_stopped_run_goes_on_where_it_was_whatever_the_figure(ranks, small_run, tmp_path, capfd):
+    options = ["training.val_interval=2", "training.steps=8"]
+    options += ["training.checkpoint.keep_last=9"]
+    options += ["training.checkpoint.resume_from_metric=-val_loss"]
+
+    def stopped_at_5(world):
+        real_step = train.train_step
+
+        def step_and_ask(run, *args, step, **kwargs):
+            real_step(run, *args, step=step, **kwargs)
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        train.train_step = step_and_ask
+        with pytest.raises(train.Stopped):
+            train.train(small_run(*options), world)
+
+    ranks(1, stopped_at_5)
+    trained_with(ranks, small_run, *options)
+    assert "resumed step=5" in capfd.readouterr().out
+    assert not list((tmp_path / "run").glob("superseded_*"))
+
+
+def test_averaging_cannot_begin_or_end_in_a_run(ranks, small_run):
+    trained_with(ranks, small_run, "training.steps=1")
+
+    def refused(world):
+        with pytest.raises(ValueError, match=r"config training.ema_decay=0.9: .* saved with None"):
+            train.train(small_run("training.steps=2", "training.ema_decay=0.9"), world)
 
     ranks(1, refused)
 
