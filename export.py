@@ -28,7 +28,8 @@ Examples:
     python export.py m3vit_run/checkpoint.pth.tar --to mtl --output out
     python export.py timm.safetensors --config-name vit_small_patch16_224 --to dcp --output init
 
-Exit codes: 0 done, 2 something cannot be converted or written; one line on stderr says what.
+Exit codes: 0 done, 2 something cannot be converted or written, 130 interrupted; one line on stderr
+says what. SIGTERM is 143. Whatever ends it, nothing half written is left.
 """
 
 from __future__ import annotations
@@ -57,15 +58,8 @@ FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")
 GB = 10**9
 MAX_SHARD_GB = 5.0
 # All that an export to a folder can be made of.
-_EXPORTED = re.compile(
-    "|".join(
-        map(
-            re.escape,
-            (MANIFEST, METADATA, STATE, weight_files.SINGLE_NAME, weight_files.INDEX_NAME),
-        )
-    )
-    + r"|__\d+_\d+\.distcp|model-\d{5}-of-\d{5}\.safetensors"
-)
+_EXPORTED = (MANIFEST, METADATA, STATE, weight_files.SINGLE_NAME, weight_files.INDEX_NAME)
+_EXPORTED_PARTS = re.compile(r"__\d+_\d+\.distcp|model-\d{5}-of-\d{5}\.safetensors")
 
 
 def timm_call(config: Json, path: Path) -> str:
@@ -138,7 +132,8 @@ def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
     if path.is_dir() and not any((path / name).exists() for name in known):
         raise ValueError(f"--output {path}: is a folder but no export; remove it yourself")
     for entry in sorted(path.iterdir()) if path.is_dir() else ():
-        if entry.is_dir() or not _EXPORTED.fullmatch(entry.name):
+        is_ours = entry.name in _EXPORTED or _EXPORTED_PARTS.fullmatch(entry.name)
+        if entry.is_dir() or not is_ours:
             raise ValueError(
                 f"--output {path}: holds {entry.name}, which no export writes; move it away, or "
                 "name another folder"

@@ -117,6 +117,7 @@ def read(checkpoint: str) -> Pretrained:
     path = Path(checkpoint).expanduser()
     if path.exists():
         source, second = _read_source(path)
+        source.print_notes()
         options = _options(source)
         heads = options.get("num_heads")
         return Pretrained(

@@ -1,7 +1,9 @@
 """evaluate.py: the scores of training, from every format, by class, and for single files."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,16 +132,82 @@ def test_image_files_get_the_models_probabilities(ranks, trained, image_folder, 
             ["{run}", "--images", "{run}/config.yaml"],
             r"--images .*config.yaml .*cannot",
         ),
-        (["{run}", "model.vit.depth=3"], "Missing key"),
+        (["{run}", "model.vit.depth=3"], "model.vit.depth=3: must be 2, as in .*step_3"),
+        (["{run}", "model.vit.num_heads=2"], "model.vit.num_heads=2: must be 3"),
+        (["{run}", "model.moe.top_k=1"], "model.moe.top_k=1: must be 2"),
+        (["{run}", "model.moe={{router: sigmoid}}"], "model.moe.router=sigmoid: must be softmax"),
+        (["{run}", "training.steps=3"], "training.steps=3: has no effect here"),
+        (["{run}", "optimizer={{lr: 1}}"], "optimizer=.*: has no effect here"),
+        (["{run}", "fsdp.zero_dp_strategy=0"], "fsdp.* has no effect here"),
+        (["{run}", "distillation.tau=2"], "distillation.* has no effect here"),
+        (["{run}", "init.mode=scratch"], "init.* has no effect here"),
+        (["{run}", "dataset.val.root"], "dataset.val.root: must be name=value"),
+        (["{run}", "dataset.mean=[0.5"], r"dataset.mean=\[0.5: the value is not YAML"),
+        (["{run}", "dataset=3"], "dataset=3: is a section; set one of its options, as dataset."),
+        (["{run}", "--per-class", "--images", "x"], "--per-class: has no effect with --images"),
+        (["{run}", "--metric", "+top1"], r"--metric \+top1: has no effect without --pick best"),
+        (["{run}/step_3_loss_{loss}", "--pick", "best"], "--pick best: has no effect on"),
+        (
+            ["{run}", "--pick", "best", "--metric", "+a"],
+            r"has this figure \(there are: .*top1.*val_loss",
+        ),
+        (["nowhere", "--json", "{run}/none/x.json"], "--json .*: there is no folder .*none"),
+        (["nowhere", "--json", "{run}"], "--json .*: exists and is no file"),
         (["{run}", "model.vit.dept=3"], "no such option"),
         (["{run}", "--config-name", "vit_base_patch16_224"], "has options of its own"),
     ],
 )
 def test_mistakes_are_one_line(ranks, trained, capfd, arguments, message):
     folder, _, _ = trained
-    words = [argument.format(run=folder) for argument in arguments]
+    (newest,) = folder.glob("step_3_loss_*")
+    loss = newest.name.rpartition("_")[2]
+    words = [argument.format(run=folder, loss=loss) for argument in arguments]
 
     assert ranks(1, run_alone, words) == [2]
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error (rank 0)")
     assert re.search(message, last)
+
+
+def test_options_that_leave_the_network_as_it_is_are_taken(ranks, trained, tmp_path):
+    folder, val, _ = trained
+    overrides = ["model.backend=torch", "model.dtype=fp32", "model.moe.kernels=torch"]
+    resized = ["model.vit.dynamic_img_size=true", "dataset.val.img_size=32"]
+    same = ["model.vit.num_heads=3"]
+    scores = evaluated(ranks, folder, *overrides, *resized, *same, tmp_path=tmp_path)
+    assert scores["val_loss"] == pytest.approx(val["val_loss"], rel=1e-5)
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_is_named(ranks, trained, tmp_path, capfd):
+    folder, val, _ = trained
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (newest,) = run.glob("step_3_loss_*")
+    damaged = run / "step_6_loss_0.100"
+    shutil.copytree(newest, damaged)
+    os.truncate(damaged / "__0_0.distcp", 10)
+    scores = evaluated(ranks, run, tmp_path=tmp_path)
+    assert scores["val_loss"] == pytest.approx(val["val_loss"], rel=1e-5)
+    note = "note: passed over step_6_loss_0.100: __0_0.distcp has 10 bytes"
+    assert note in capfd.readouterr().err
+
+
+def test_scores_replace_a_file_whole_or_leave_it(ranks, trained, image_folder, tmp_path):
+    folder, _, _ = trained
+    path = tmp_path / "scores.json"
+    path.write_text("before")
+    image = min((image_folder / "val").rglob("*.JPEG"))
+    other = tmp_path / "link"
+    os.link(path, other)
+    assert "val_loss" not in evaluated(ranks, folder, "--images", image, tmp_path=tmp_path)
+    assert other.read_text() == "before", "a new file took the name"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"scores.json", "link"}
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "read_source", interrupt)
+    assert evaluate.main(["x"]) == 130
+    assert capsys.readouterr().err == "stopped\n"

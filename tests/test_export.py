@@ -6,14 +6,18 @@ import pickle
 import re
 import resource
 import shutil
+import signal
+import time
 
 import pytest
 import timm
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 import checkpoint
 import export
+import pretrained
 import weight_files
 from tests.test_formats import (
     EVERYTHING,
@@ -27,6 +31,7 @@ from tests.test_formats import (
     rank_files,
 )
 from tests.test_moe import moe_vit, save_weights
+from weight_sources import Choice, read_source
 
 
 def plus(weights, number):
@@ -138,6 +143,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(moe_run, tmp_path, capsys):
     os.truncate(run / "step_3_loss_0.700" / "__0_0.distcp", 10)
     assert convert(run, "--to", "torch", "--output", tmp_path / "x.pt") == 0
     assert_equal(weight_files.read_pickle(tmp_path / "x.pt")["model"], plus(weights, 2))
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: passed over step_3_loss_0.700: __0_0.distcp has 10 bytes")
+    pretrained.read(str(run))
+    assert capsys.readouterr().err == f"{note}\n", "a run that begins with it says so too"
     line = refused(
         capsys, run / "step_3_loss_0.700", "--to", "torch", "--output", tmp_path / "y.pt"
     )
@@ -386,6 +395,117 @@ def test_nothing_is_overwritten_unless_asked_for(dense_run, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"x.pt", "dcp", "safetensors"}
 
 
+@pytest.mark.parametrize("to", ["dcp", "safetensors"])
+@pytest.mark.parametrize("name", ["thesis.tex", "model-1.safetensors", "figures/"])
+def test_a_users_file_in_an_export_stops_its_replacement(dense_run, tmp_path, capsys, to, name):
+    out = tmp_path / "out"
+    into = [dense_run[0], "--to", to, "--output", out, "--overwrite"]
+    assert convert(*into) == 0
+    mine = out / name
+    if name.endswith("/"):
+        mine.mkdir()
+    else:
+        mine.write_text("mine")
+    assert f"holds {mine.name}, which no export writes" in refused(capsys, *into)
+    assert mine.exists()
+
+
+def test_a_failed_replacement_leaves_the_old_folder(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").write_text("old")
+
+    def fail(*_):
+        raise OSError
+
+    with pytest.raises(OSError), weight_files.in_place_of(tmp_path / "x") as partial:
+        partial.mkdir()
+        monkeypatch.setattr(type(tmp_path), "replace", fail)
+    assert (tmp_path / "x" / "old").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_ctrl_c_is_one_line(dense_run, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    assert convert(dense_run[0], "--to", "torch", "--output", tmp_path / "x.pt") == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_dcp_writes_ends_the_export_and_leaves_nothing(
+    dense_run, tmp_path, monkeypatch, number
+):
+    def kill(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", kill)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = [dense_run[0], "--to", "dcp", "--output", tmp_path / "x"]
+    if number == signal.SIGINT:
+        assert convert(*arguments) == 130
+    else:
+        with pytest.raises(SystemExit, match="143"):
+            convert(*arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_leaves_no_half_written_file(dense_run, tmp_path, monkeypatch):
+    def kill(content, path):
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(torch, "save", kill)
+    with pytest.raises(SystemExit, match="143"):
+        convert(dense_run[0], "--to", "torch", "--output", tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["torch", "timm", "safetensors", "dcp"])
+def test_a_distilled_model_is_there_and_back(ranks, tmp_path, to):
+    distilled = ["model.vit.distilled=true", "model.vit.global_pool=token"]
+    root, _, weights = run_of(ranks, tmp_path / "run", *distilled, recipe="vit_tiny_patch8_64")
+    assert {"dist_token", "head_dist.weight", "head_dist.bias"} < weights.keys()
+    out = tmp_path / ("out.pth" if to in ("torch", "timm") else "out")
+    assert convert(root, "--to", to, "--output", out) == 0
+    found = read_source(out, Choice())
+    assert_equal(found.weights(), plus(weights, 3))
+    assert found.config["model"]["vit"]["distilled"]
+
+
+def test_the_figures_names_are_those_of_the_option_of_training(ranks, tmp_path, capsys):
+    def save(world):
+        for step, top1 in ((1, 70.0), (2, 20.0)):
+            tree = {"model": {"norm.bias": torch.full((1,), float(step))}}
+            state = {"step": step, "metrics": {"top1": top1, "val_loss": 1.0}}
+            checkpoint.save(tmp_path / "run", tree, state=state, loss=1.0)
+
+    (tmp_path / "run").mkdir()
+    ranks(1, save)
+    best = [tmp_path / "run", "--pick", "best", "--to", "torch", "--output", tmp_path / "x.pt"]
+    for metric, step in (("+val_top1", 1), ("+top1", 1), ("-val_top1", 2)):
+        assert convert(*best, f"--metric={metric}", "--overwrite") == 0
+        assert weight_files.read_pickle(tmp_path / "x.pt")["model"]["norm.bias"] == step
+    line = refused(capsys, *best, "--metric", "+top", "--overwrite")
+    assert line.endswith("has this figure (there are: top1, val_loss)")
+
+
+def test_one_file_of_several_is_not_taken_for_a_model(moe_run, tmp_path, capsys):
+    out, limit = tmp_path / "x", ["--max-shard-gb", 1e-4]
+    assert convert(moe_run[0], "--to", "safetensors", "--output", out, *limit) == 0
+    path = min(out.glob("model-*.safetensors"))
+    line = refused(capsys, path, "--to", "torch", "--output", tmp_path / "x.pt")
+    assert re.search(rf"is one of the \d+ files of a model; name their folder, {out}$", line)
+    shutil.copy(path, tmp_path / "model-00001-of-00001.safetensors")
+    whole = tmp_path / "model-00001-of-00001.safetensors"
+    assert convert(whole, "--to", "torch", "--output", tmp_path / "y.pt") == 0
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -411,6 +531,9 @@ ERRORS = {
     "must be more than 0, and is for": "{root} --to dcp --output x --max-shard-gb=2",
     "model.vit.depth=3: has no effect": "{root} model.vit.depth=3 --to dcp --output x",
     "has options of its own": "{root} --to dcp --output x --config-name vit_tiny_patch8_64",
+    "--metric .1: has no effect without --pick best": "{root} --to dcp --output x --metric +1",
+    "--pick best: has no effect on": "{root}/step_3_loss_0.700 --pick best --to dcp --output x",
+    "--stem a: has no effect on": "{root} --stem a --to dcp --output x",
     "no checkpoint .* figure": "{root} --to dcp --output x --pick best --metric=+a",
     "metric a: must be": "{root} --to dcp --output x --pick best --metric a",
     "arguments are required: --output": "{root} --to torch",
