@@ -12,6 +12,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.distributed as dist
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
@@ -60,6 +61,8 @@ def _of_ours(path: Path, config: Config, device: torch.device) -> tuple[nn.Modul
         source = read_source(path, Choice())
     except ValueError as error:
         raise ValueError(f"config distillation.teacher={path}: {error} ({hint})") from error
+    if dist.get_rank() == 0:
+        source.print_notes()
     if not source.config:
         raise ValueError(f"config distillation.teacher={path}: has no options of a run ({hint})")
     trained = compose.restore(source.config, [])

@@ -506,7 +506,7 @@ def test_a_model_of_timm_without_a_network_is_one_line(monkeypatch):
         raise OSError("no route\nto the hub")
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(ValueError, match=r"cannot load weights of that: no route$"):
+    with pytest.raises(ValueError, match=r"cannot load weights of that name: no route$"):
         pretrained.read("deit_tiny_patch16_224")
 
 
