@@ -89,9 +89,11 @@ class StandInAttention(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
 
-def stand_in_checkpoint(function, x, *, use_reentrant):
+def stand_in_checkpoint(function, x, *, use_reentrant, context_fn):
     assert not use_reentrant
-    return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+    return torch.utils.checkpoint.checkpoint(
+        function, x, use_reentrant=False, context_fn=context_fn
+    )
 
 
 @pytest.fixture
@@ -222,9 +224,9 @@ def test_forward_and_every_gradient_equal_the_torch_backend(stand_in, options, d
 def test_grad_checkpointing_uses_the_one_of_te(stand_in, monkeypatch):
     calls = []
 
-    def counting_checkpoint(function, x, *, use_reentrant):
+    def counting_checkpoint(function, x, **options):
         calls.append(function)
-        return stand_in_checkpoint(function, x, use_reentrant=use_reentrant)
+        return stand_in_checkpoint(function, x, **options)
 
     monkeypatch.setattr(layers.transformer_engine(), "checkpoint", counting_checkpoint)
     model = vit.VisionTransformer(**SMALL, backend="te", grad_checkpointing=True)
