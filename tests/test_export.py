@@ -434,6 +434,15 @@ def test_ctrl_c_is_one_line(dense_run, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a process started in a shell's background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_dcp_writes_ends_the_export_and_leaves_nothing(
     dense_run, tmp_path, monkeypatch, number
