@@ -33,7 +33,6 @@ from safe_dcp import SafeReader, untrusted_reason
 _MAX_JSON_BYTES = 8 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS = 8
-_MAX_SHOWN = 20
 
 # Names of figures as users of the option know them, where ours differ.
 _FIGURES = {"val_top1": "top1", "val_top5": "top5"}
@@ -281,9 +280,7 @@ def _check_keys(folder: Path, tensors: TensorTree) -> None:
     # Shapes are compared by who has the tensor, but all must stop if one does.
     problems = dict.fromkeys(item for items in dcp_writer.exchange(found) for item in items)
     if problems:
-        shown = [*problems][:_MAX_SHOWN]
-        shown += [f"and {len(problems) - len(shown)} more"] * (len(problems) > len(shown))
-        raise ValueError(f"checkpoint {folder}: {len(problems)} differences: {'; '.join(shown)}")
+        raise ValueError(f"checkpoint {folder}: {len(problems)} differences: {'; '.join(problems)}")
 
 
 def load(checkpoint: Checkpoint, tensors: TensorTree) -> None:
