@@ -1,5 +1,7 @@
 """A run that goes on with other ranks, shards and expert shares: same weights, moments, images."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -74,6 +76,39 @@ def test_weights_moments_and_images_go_on_across_layouts(ranks, small_run):
             assert {n for n, _ in seen} == {step}
             positions = sorted(p for _, here in seen for p in here)
             assert positions == list(range(12 * step, 12 * (step + 1)))
+
+
+def losses_of(world, config):
+    """Train to the end of `config`; return each step's losses before they are rounded."""
+    found = []
+    real = train.read_meter
+
+    def read_and_note(run, meter, *, step):
+        figures = real(run, meter, step=step)
+        found.append((step, figures["loss"], figures["balance_loss"]))
+        return figures
+
+    train.read_meter = read_and_note
+    train.train(config, world)
+    return found
+
+
+def test_the_loss_of_a_checkpoint_is_the_same_on_every_layout(ranks, small_run, tmp_path):
+    every_step = [*MOE, "training.log_interval=1"]
+    first = small_run(*every_step, "dataset.train.batch_size=12", "training.steps=2")
+    ranks(1, losses_of, first)
+    found = []
+    for size, dp_shard, ep in LAYOUTS:
+        folder = tmp_path / f"{size}_{dp_shard}_{ep}"
+        shutil.copytree(tmp_path / "run", folder)
+        layout = [f"distributed.dp_shard={dp_shard}", f"distributed.ep={ep}"]
+        layout += [f"training.checkpoint.path={folder}", "training.steps=3"]
+        config = small_run(*every_step, *layout, f"dataset.train.batch_size={12 // size}")
+        ((step, *losses),) = ranks(size, losses_of, config)[0]
+        assert step == 3
+        found.append(losses)
+    for losses in found:
+        assert losses == pytest.approx(found[2], rel=1e-6), "as on one rank"
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(2, 5), (3, 5)])
