@@ -8,6 +8,7 @@ Nothing here knows of models. This file and train.py are the only ones that read
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import resource
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -124,6 +125,21 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, instead of handing it back to the system.
+
+    A training step frees and takes the same memory again. By default glibc returns what is free at
+    the end of the heap, and every page of it is faulted in anew: some 4 % of a step on a CPU. The
+    size from which a block is mapped by itself is set to where glibc moves it, at most, 32 MiB.
+    C libraries without `mallopt` (macOS, musl) are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in glibc's malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)
+
+
 @contextlib.contextmanager
 def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
     """Join the process group, NCCL on CUDA and gloo on CPU, and leave it at the end.
@@ -137,6 +153,8 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    else:
+        keep_freed_memory()
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -215,27 +233,70 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return _SumOverRanks.apply(value)
 
 
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x_RD: Tensor,
-        send: list[int],
-        receive: list[int],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.splits = (send, receive, group)  # type: ignore[attr-defined]
-        y_ND = x_RD.new_empty(sum(receive), *x_RD.shape[1:])
-        dist.all_to_all_single(y_ND, x_RD.contiguous(), receive, send, group=group)
-        return y_ND
+class _Context(Protocol):
+    """What autograd hands to setup_context and backward."""
 
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        send, receive, group = ctx.splits  # type: ignore[attr-defined]
-        back_RD = _ExchangeRows.apply(grads[0], receive, send, group)
-        return back_RD, None, None, None
+    saved_tensors: tuple[Tensor, Tensor]
+    num_rows: int
+    group: str
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+# Custom ops, so that a compiled block has them inside of its graph: they take the group by name,
+# and how many rows arrive is known when they run only.
+@torch.library.custom_op("moevit::exchange_counts", mutates_args=())
+def _exchange_counts(send_Ee: Tensor, group: str) -> Tensor:
+    received_Ee = torch.empty_like(send_Ee, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received_Ee, send_Ee.contiguous(), group=_group(group))
+    return received_Ee
+
+
+@_exchange_counts.register_fake
+def _exchange_counts_fake(send_Ee: Tensor, _: str) -> Tensor:
+    return torch.empty_like(send_Ee, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("moevit::exchange_rows", mutates_args=())
+def _exchange_rows(
+    x_RD: Tensor, send_P: Tensor, receive_P: Tensor, num_rows: int | None, group: str
+) -> Tensor:
+    send, receive = send_P.tolist(), receive_P.tolist()
+    sent, received = sum(send), sum(receive)
+    y_ND = x_RD.new_empty(received if num_rows is None else num_rows, x_RD.shape[1])
+    rows = x_RD[:sent].contiguous()
+    dist.all_to_all_single(y_ND[:received], rows, receive, send, group=_group(group))
+    y_ND[received:].zero_()
+    return y_ND
+
+
+@_exchange_rows.register_fake
+def _exchange_rows_fake(
+    x_RD: Tensor, _: Tensor, __: Tensor, num_rows: int | None, ___: str
+) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
+    return x_RD.new_empty(size, x_RD.shape[1])
+
+
+def _keep_for_exchange(
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, int | None, str], output: Tensor
+) -> None:
+    x_RD, send_P, receive_P, _, ctx.group = inputs
+    ctx.num_rows = x_RD.shape[0]
+    ctx.save_for_backward(send_P, receive_P)
+
+
+def _differentiate_exchange(ctx: _Context, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+    send_P, receive_P = ctx.saved_tensors
+    dx_RD = _exchange_rows(dy_ND, receive_P, send_P, ctx.num_rows, ctx.group)
+    return dx_RD, None, None, None, None
+
+
+_exchange_rows.register_autograd(_differentiate_exchange, setup_context=_keep_for_exchange)
 
 
 @dataclass(frozen=True)
@@ -244,23 +305,27 @@ class ExpertExchange:
 
     size: int
     rank: int
-    group: dist.ProcessGroup | None
+    group: str
 
     def counts(self, send_Ee: Tensor) -> Tensor:
         """Return how many rows arrive: [ep, experts here] sent per peer -> the same, received."""
-        received_Ee = torch.empty_like(send_Ee)
-        dist.all_to_all_single(received_Ee, send_Ee.contiguous(), group=self.group)
-        return received_Ee
+        return _exchange_counts(send_Ee, self.group)
 
-    def rows(self, x_RD: Tensor, *, send: list[int], receive: list[int]) -> Tensor:
-        """Send `send[p]` rows to each peer p, in order, and return what arrives; differentiable."""
-        return _ExchangeRows.apply(x_RD, send, receive, self.group)
+    def rows(
+        self, x_RD: Tensor, *, send_P: Tensor, receive_P: Tensor, num_rows: int | None = None
+    ) -> Tensor:
+        """Send `send_P[p]` rows to each peer p, in order, and return what arrives; differentiable.
+
+        The counts are on the host. Rows of x_RD behind those that are sent stay here and get a
+        gradient of zero; rows of zeros follow what arrives, to make up `num_rows` of them.
+        """
+        return _exchange_rows(x_RD, send_P, receive_P, num_rows, self.group)
 
 
 def expert_exchange(meshes: Meshes) -> ExpertExchange:
     """Return the exchange over the mesh's `ep` axis."""
     axis = meshes.expert["ep"]
-    return ExpertExchange(axis.size(), axis.get_local_rank(), axis.get_group())
+    return ExpertExchange(axis.size(), axis.get_local_rank(), axis.get_group().group_name)
 
 
 def from_main(value: T) -> T:

@@ -180,6 +180,8 @@ def shard_model(
     if not is_meta and compute_dtype != torch.float32:
         for parameter in model.parameters():
             init.keep_full_precision(parameter, parameter.detach().clone())
+    # None: the weights that the forward uses are the main weights, without a copy.
+    main_dtype = None if compute_dtype == torch.float32 else torch.float32
     return fully_shard_model(
         model.to(compute_dtype),
         device_mesh=meshes.dense,
@@ -193,7 +195,7 @@ def shard_model(
         device=device,
         init_model_with_meta_device=is_meta,
         # A communication dtype other than the main gradients' doubles gradients in groups of one.
-        mixed_precision_policy=MixedPrecisionPolicy(torch.float32, torch.float32, torch.float32),
+        mixed_precision_policy=MixedPrecisionPolicy(main_dtype, torch.float32, torch.float32),
         sync_model_each_microbatch=False,
         calculate_per_token_loss=True,
         # The hook gathers chunk metadata with hundreds of small collectives at each state_dict();

@@ -265,6 +265,19 @@ def test_bf16_compute_keeps_fp32_main_weights_and_fp32_accumulation(ranks):
     assert worst_error([rank_parts], expected) <= 1e-6
 
 
+def weight_copies(world, compute_dtype):
+    """How many main weights have memory of their own beside what the forward gathers from."""
+    model, _ = shard(world, small_vit(), compute_dtype=compute_dtype)
+    groups = model.param_and_grad_buffer.parameter_groups
+    return sum(group.main_weight_buffer is not None for group in groups), len(groups)
+
+
+def test_fp32_compute_has_no_second_copy_of_the_weights(ranks):
+    for dtype, is_copied in ((torch.float32, False), (torch.bfloat16, True)):
+        copies, groups = ranks(1, weight_copies, dtype)[0]
+        assert copies == groups * is_copied
+
+
 def initial_parts(world, strategy, on_meta, options):
     with torch.device("meta" if on_meta else "cpu"):
         model = VisionTransformer(**options)
