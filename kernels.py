@@ -10,6 +10,7 @@ triton_kernels.py; no router, no parameters and no communication here.
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Protocol
 
@@ -28,6 +29,7 @@ ACTIVATIONS = {
     "geglu": ("gelu", True),
 }
 DROPPED = -1
+OPS = torch.library.Library("moevit", "FRAGMENT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +57,16 @@ def plan_rows(expert_id_Tk: Tensor, num_experts: int) -> RowPlan:
     An id outside 0 .. num_experts-1 drops the row: no expert computes it and it adds nothing.
     """
     flat_R = expert_id_Tk.reshape(-1)
-    is_dropped_R = (flat_R < 0) | (flat_R >= num_experts)
     # A radix sort works through the key's bits, so the key is as narrow as the experts allow.
     key_dtype = torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32
-    key_R = flat_R.masked_fill(is_dropped_R, num_experts).to(key_dtype)
+    # -1 modulo num_experts + 1 is num_experts: what is dropped sorts last.
+    key_R = flat_R.clamp(-1, num_experts).remainder(num_experts + 1).to(key_dtype)
     sorted_key_R, order_R = torch.sort(key_R, stable=True)
     bound_E1 = torch.arange(num_experts + 1, device=flat_R.device, dtype=torch.int32)
     offset_E1 = torch.searchsorted(sorted_key_R.int(), bound_E1, out_int32=True)
     position_R = torch.arange(flat_R.numel(), device=flat_R.device, dtype=torch.int32)
-    inverse_R = torch.empty_like(position_R).scatter(0, order_R, position_R)
-    inverse_R = inverse_R.masked_fill(is_dropped_R, DROPPED)
+    inverse_R = torch.empty_like(position_R).scatter_(0, order_R, position_R)
+    inverse_R.masked_fill_(inverse_R >= offset_E1[-1], DROPPED)
     return RowPlan(order_R.int(), inverse_R, offset_E1, offset_E1.diff())
 
 
@@ -121,7 +123,20 @@ def _new_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("moevit::moe_ffn", mutates_args=())
+def _define(function: Callable[..., object], fake: Callable[..., object]) -> torch._ops.OpOverload:
+    """Return the op moevit::<name of the function>, without a gradient yet.
+
+    torch.library.custom_op does the same, but its wrappers take as long as one expert's matrix
+    product of a small layer does on a CPU.
+    """
+    name = function.__name__.removeprefix("_")
+    schema = torch.library.infer_schema(function, mutates_args=())
+    OPS.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    OPS.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moevit::{name}", fake, lib=OPS)
+    return getattr(torch.ops.moevit, name).default
+
+
 def _moe_ffn(  # noqa: PLR0917
     x_TD: Tensor,
     weight_Tk: Tensor,
@@ -153,7 +168,6 @@ def _moe_ffn(  # noqa: PLR0917
     )
 
 
-@_moe_ffn.register_fake
 def _moe_ffn_fake(  # noqa: PLR0917
     x_TD: Tensor,
     weight_Tk: Tensor,
@@ -167,7 +181,6 @@ def _moe_ffn_fake(  # noqa: PLR0917
     return _new_like(x_TD), z_RF
 
 
-@torch.library.custom_op("moevit::moe_ffn_backward", mutates_args=())
 def _moe_ffn_backward(  # noqa: PLR0917
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -206,7 +219,6 @@ def _moe_ffn_backward(  # noqa: PLR0917
     return [grad for grad in grads if grad is not None]
 
 
-@_moe_ffn_backward.register_fake
 def _moe_ffn_backward_fake(  # noqa: PLR0917
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -229,28 +241,37 @@ def _moe_ffn_backward_fake(  # noqa: PLR0917
     return [_new_like(value) for value, needed in pairs if needed and value is not None]
 
 
-def _keep_for_backward(
-    ctx: _Context,
-    inputs: tuple[*tuple[Tensor, ...], str, str, bool],
-    output: tuple[Tensor, Tensor],
-) -> None:
-    *tensors, activation, backend, allow_tf32 = inputs
-    ctx.options = (activation, backend, allow_tf32)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
+_forward_op = _define(_moe_ffn, _moe_ffn_fake)
+_backward_op = _define(_moe_ffn_backward, _moe_ffn_backward_fake)
 
 
-def _differentiate_moe_ffn(ctx: _Context, dy_TD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x_TD, weight_Tk, order_R, inverse_R, offset_E1, *parameters, z_RF = ctx.saved_tensors
-    # Order of the gradients: x, weight, w_in, b_in, w_out, b_out; the plan has none.
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6, 7, 8)]
-    rows = (x_TD, weight_Tk, z_RF, order_R, inverse_R, offset_E1)
-    wanted = iter(_moe_ffn_backward(dy_TD, *rows, *parameters, *ctx.options, needs))
-    grads = [next(wanted) if needed else None for needed in needs]
-    return (*grads[:2], None, None, None, *grads[2:], None, None, None)
+class _MoeFfn(torch.autograd.Function):
+    """The forward op with the backward op as its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context, *inputs: *tuple[*tuple[Tensor | None, ...], str, str, bool]
+    ) -> tuple[Tensor, Tensor]:
+        *tensors, activation, backend, allow_tf32 = inputs
+        with torch._C._AutoDispatchBelowAutograd():
+            y_TD, z_RF = _forward_op(*inputs)
+        ctx.options = (activation, backend, allow_tf32)
+        ctx.mark_non_differentiable(z_RF)
+        ctx.save_for_backward(*tensors, z_RF)
+        return y_TD, z_RF
+
+    @staticmethod
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_Tk, order_R, inverse_R, offset_E1, *parameters, z_RF = ctx.saved_tensors
+        # Order of the gradients: x, weight, w_in, b_in, w_out, b_out; the plan has none.
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6, 7, 8)]
+        rows = (x_TD, weight_Tk, z_RF, order_R, inverse_R, offset_E1)
+        wanted = iter(_backward_op(grads[0], *rows, *parameters, *ctx.options, needs))
+        of_inputs = [next(wanted) if needed else None for needed in needs]
+        return (*of_inputs[:2], None, None, None, *of_inputs[2:], None, None, None)
 
 
-_moe_ffn.register_autograd(_differentiate_moe_ffn, setup_context=_keep_for_backward)
+OPS.impl("moe_ffn", _MoeFfn.apply, "Autograd")
 
 
 def moe_ffn(  # noqa: PLR0917
@@ -279,7 +300,7 @@ def moe_ffn(  # noqa: PLR0917
     assert plan.order_R.numel() == weight_Tk.numel(), "the plan is not of these choices"
     rows = (plan.order_R, plan.inverse_R, plan.offset_E1)
     parameters = (w_in, b_in, w_out, b_out)
-    return _moe_ffn(x_TD, weight_Tk, *rows, *parameters, activation, backend, allow_tf32)[0]
+    return _forward_op(x_TD, weight_Tk, *rows, *parameters, activation, backend, allow_tf32)[0]
 
 
 @torch.library.custom_op("moevit::combine", mutates_args=())

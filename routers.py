@@ -40,7 +40,10 @@ class Routing:
 
 
 class _FullPrecisionLinear(torch.autograd.Function):
-    """x @ weight.T in fp32 or better; keeps its inputs for backward, not their fp32 copies."""
+    """x @ weight.T in fp32 or better; keeps its inputs for backward, not their fp32 copies.
+
+    The result is stored expert by expert, as softmax_over_experts wants it.
+    """
 
     @staticmethod
     def forward(
@@ -48,7 +51,8 @@ class _FullPrecisionLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return x_TD.to(dtype) @ weight_ED.to(dtype).T
+        # Not weight_ED.to(): Megatron-FSDP puts a function of its own there, which breaks a graph.
+        return (weight_ED.type(dtype) @ x_TD.to(dtype).T).T
 
     @staticmethod
     def backward(
@@ -58,7 +62,7 @@ class _FullPrecisionLinear(torch.autograd.Function):
         grad_TE = grads[0]
         grad_x_TD = grad_weight_ED = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            grad_x_TD = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
+            grad_x_TD = (grad_TE @ weight_ED.type(grad_TE.dtype)).to(x_TD.dtype)
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             grad_weight_ED = (grad_TE.T @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)
         return grad_x_TD, grad_weight_ED
@@ -117,9 +121,10 @@ class LinearGate(nn.Module):
         noise_std = self._noise_std(x_TD, logits_TE)
         ranking_TE = logits_TE
         if noise_std is not None:
-            ranking_TE = logits_TE + torch.randn_like(logits_TE) * noise_std
+            # Drawn token by token, whatever the layout of the logits.
+            ranking_TE = logits_TE + torch.randn_like(logits_TE.contiguous()) * noise_std
         if not self.is_sigmoid:
-            share_TE = ranking_TE.softmax(-1)
+            share_TE = softmax_over_experts(ranking_TE)
             return Scores(logits_TE, ranking_TE, share_TE, share_TE, noise_std)
         gate_TE = ranking_TE.sigmoid()
         return Scores(logits_TE, ranking_TE, gate_TE, renormalized(gate_TE), noise_std)
@@ -136,6 +141,15 @@ NO_BALANCE = Coefficients()
 NORMALIZES = {"softmax": False, "sigmoid": True, "noisy": False, "noisy_topk": True}
 
 
+def softmax_over_experts(logits_TE: Tensor) -> Tensor:
+    """Return the softmax of each token's logits, stored expert by expert.
+
+    A CPU computes neighbours in memory at once: many tokens' numbers of one expert take a tenth of
+    the time of one token's few experts.
+    """
+    return logits_TE.T.softmax(0).T
+
+
 def renormalized(weight: Tensor) -> Tensor:
     """Return `weight` with rows that sum to 1."""
     return weight / (weight.sum(-1, keepdim=True) + SMALLEST_SUM)
@@ -149,7 +163,7 @@ def jittered(x_TD: Tensor, jitter: float) -> Tensor:
 
 def some_closed(ranking_TE: Tensor, probability: float) -> Tensor:
     """Return the ranking with each expert behind all open ones with that probability, per token."""
-    is_closed_TE = torch.rand_like(ranking_TE) < probability
+    is_closed_TE = torch.rand_like(ranking_TE.contiguous()) < probability
     span_T1 = ranking_TE.amax(1, keepdim=True) - ranking_TE.amin(1, keepdim=True) + 1
     return ranking_TE - is_closed_TE * span_T1
 

@@ -8,6 +8,8 @@ read by the host: on CUDA that waits for the device, which the Triton kernels ne
 
 import dataclasses
 import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,20 +51,22 @@ def combine(
     Numerics: sums in fp32 or wider. Adds rows where they stand: a third of the time of a sum that
     copies them choice by choice, on CPU.
     """
-    wide, is_kept_Tk = _sum_dtype(y_RD), inverse_R.view(-1, num_choices) >= 0
+    wide, is_kept_R, position_R = _sum_dtype(y_RD), inverse_R >= 0, inverse_R
     if y_RD.shape[0] == 0:
-        return y_RD.new_zeros((len(is_kept_Tk), y_RD.shape[1]))
-    # Left out and not multiplied by zero, which would let a NaN of another token through.
-    flat_R = torch.nonzero(is_kept_Tk.view(-1))[:, 0]
-    count_T = is_kept_Tk.sum(1)
-    scale_R = y_RD.new_ones(len(flat_R), dtype=wide)
-    if weight_Tk is not None:
-        scale_R = weight_Tk.reshape(-1).index_select(0, flat_R).to(wide)
+        return y_RD.new_zeros((inverse_R.numel() // num_choices, y_RD.shape[1]))
+    scale_R = None if weight_Tk is None else weight_Tk.reshape(-1)
+    offset_T = torch.arange(0, inverse_R.numel(), num_choices, device=y_RD.device)
+    if not is_kept_R.all():
+        # Left out and not multiplied by zero, which would let a NaN of another token through.
+        flat_R = torch.nonzero(is_kept_R)[:, 0]
+        count_T = is_kept_R.view(-1, num_choices).sum(1)
+        position_R, offset_T = inverse_R.index_select(0, flat_R), count_T.cumsum(0) - count_T
+        scale_R = None if scale_R is None else scale_R.index_select(0, flat_R)
     sum_TD = functional.embedding_bag(
-        inverse_R.index_select(0, flat_R).long(),
+        position_R,
         y_RD.to(wide),
-        offsets=count_T.cumsum(0) - count_T,
-        per_sample_weights=scale_R,
+        offsets=offset_T.to(position_R.dtype),
+        per_sample_weights=None if scale_R is None else scale_R.to(wide),
         mode="sum",
     )
     return sum_TD.to(y_RD.dtype)
@@ -91,19 +95,22 @@ def combine_backward(
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The sorted rows that experts own: their tokens, and each expert's (id, first, end)."""
+    """The sorted rows that experts own: their flat indices and tokens, and the rows of each."""
 
-    token_R: Tensor
     order_R: Tensor
-    ranges: list[tuple[int, int, int]]
+    token_R: Tensor
+    sizes: list[int]
+
+    def by_expert(self, x_RX: Tensor) -> tuple[Tensor, ...]:
+        """Return each expert's rows; those without an expert, at the end, are left out."""
+        return x_RX[: self.token_R.numel()].split(self.sizes)
 
 
 def _rows(order_R: Tensor, offset_E1: Tensor, num_choices: int) -> _Rows:
     offset = offset_E1.tolist()
     order_R = order_R[: offset[-1]]
     token_R = order_R if num_choices == 1 else order_R // num_choices
-    spans = [(i, *span) for i, span in enumerate(itertools.pairwise(offset))]
-    return _Rows(token_R, order_R, [span for span in spans if span[1] < span[2]])
+    return _Rows(order_R, token_R, [end - first for first, end in itertools.pairwise(offset)])
 
 
 def _linear(x_RX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, *, out_RY: Tensor) -> None:
@@ -113,8 +120,12 @@ def _linear(x_RX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, *, out_RY: T
         torch.addmm(bias_Y, x_RX, weight_YX.t(), out=out_RY)
 
 
-def _by_expert(weight: Tensor, offset_E1: Tensor) -> Tensor:
-    return weight.unflatten(0, (offset_E1.numel() - 1, -1))
+def _matrices(weight: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    return weight.unflatten(0, (num_experts, -1)).unbind()
+
+
+def _vectors(bias: Tensor | None, num_experts: int) -> Sequence[Tensor | None]:
+    return [None] * num_experts if bias is None else bias.unbind()
 
 
 def forward(
@@ -133,84 +144,75 @@ def forward(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y_TD and the pre-activation z_RF, with zeros in the rows without an expert."""
-    w_in_EFD, w_out_EDF = _by_expert(w_in, offset_E1), _by_expert(w_out, offset_E1)
+    num_experts = offset_E1.numel() - 1
     rows = _rows(order_R, offset_E1, weight_Tk.shape[1])
-    z_RF = x_TD.new_empty(order_R.numel(), w_in_EFD.shape[1])
+    z_RF = x_TD.new_empty(order_R.numel(), w_in.shape[0] // num_experts)
     z_RF[rows.order_R.numel() :].zero_()
-    y_RD = x_TD.new_empty(rows.order_R.numel(), x_TD.shape[1])
-    for expert, first, end in rows.ranges:
-        x_rows, z_rows = x_TD.index_select(0, rows.token_R[first:end]), z_RF[first:end]
-        _linear(x_rows, w_in_EFD[expert], None if b_in is None else b_in[expert], out_RY=z_rows)
+    # Output rows are written over input rows: memory that is in the cache already.
+    y_RD = x_TD.index_select(0, rows.token_R)
+    for xy_rows, z_rows, w_in_FD, b_in_F, w_out_DF, b_out_D in zip(
+        rows.by_expert(y_RD),
+        rows.by_expert(z_RF),
+        _matrices(w_in, num_experts),
+        _vectors(b_in, num_experts),
+        _matrices(w_out, num_experts),
+        _vectors(b_out, num_experts),
+        strict=True,
+    ):
+        _linear(xy_rows, w_in_FD, b_in_F, out_RY=z_rows)
         h_rows = activate(z_rows, function, is_gated=is_gated)
-        bias_D = None if b_out is None else b_out[expert]
-        _linear(h_rows, w_out_EDF[expert], bias_D, out_RY=y_RD[first:end])
+        _linear(h_rows, w_out_DF, b_out_D, out_RY=xy_rows)
     return combine(y_RD, weight_Tk, inverse_R, num_choices=weight_Tk.shape[1]), z_RF
 
 
-@dataclasses.dataclass(frozen=True)
-class _Grads:
-    """Where the gradients go, by expert or by sorted row; None: not asked for."""
+class _Expert(NamedTuple):
+    """What backward reads of an expert, and where its gradients go; None: not asked for."""
 
-    x_RD: Tensor | None
-    gate_R: Tensor | None
-    w_in_EFD: Tensor | None
-    b_in_EF: Tensor | None
-    w_out_EDF: Tensor | None
-    b_out_ED: Tensor | None
-
-    def hidden_is_needed(self) -> bool:
-        return any(g is not None for g in (self.x_RD, self.w_in_EFD, self.b_in_EF))
+    w_in: Tensor
+    w_out: Tensor
+    b_out: Tensor | None
+    dw_in: Tensor | None
+    db_in: Tensor | None
+    dw_out: Tensor | None
+    db_out: Tensor | None
 
 
-def _output_grads(
-    grads: _Grads, expert: int, *, dy_rows: Tensor, weight_rows: Tensor, h_rows: Tensor
+def _experts(
+    w_in: Tensor, w_out: Tensor, b_out: Tensor | None, grads: Sequence[Tensor | None], count: int
+) -> Iterator[_Expert]:
+    """Return the experts of a rank, `grads` being those of w_in, b_in, w_out and b_out."""
+    dw_in, db_in, dw_out, db_out = grads
+    return map(
+        _Expert,
+        _matrices(w_in, count),
+        _matrices(w_out, count),
+        _vectors(b_out, count),
+        _vectors(None if dw_in is None else dw_in.unflatten(0, (count, -1)), count),
+        _vectors(db_in, count),
+        _vectors(None if dw_out is None else dw_out.unflatten(0, (count, -1)), count),
+        _vectors(db_out, count),
+    )
+
+
+def _linear_grads(
+    dy_RY: Tensor, x_RX: Tensor, *, weight: Tensor | None, bias: Tensor | None
 ) -> None:
-    if grads.w_out_EDF is None and grads.b_out_ED is None:
-        return
-    scaled_rows = (dy_rows * weight_rows).to(dy_rows.dtype)
-    if grads.w_out_EDF is not None:
-        torch.mm(scaled_rows.t(), h_rows, out=grads.w_out_EDF[expert])
-    if grads.b_out_ED is not None:
-        torch.sum(scaled_rows, 0, out=grads.b_out_ED[expert])
+    """Write sum_r dy[r, y] x[r, x] and sum_r dy[r, y]: zeros if there are no rows."""
+    if weight is not None:
+        torch.mm(dy_RY.t(), x_RX, out=weight)
+    if bias is not None:
+        torch.sum(dy_RY, 0, out=bias)
 
 
-def _input_grads(
-    grads: _Grads, span: tuple[int, int, int], *, dz_rows: Tensor, x_rows: Tensor, w_in: Tensor
+def _gate_grad(
+    dy_rows: Tensor, dh_rows: Tensor, h_rows: Tensor, b_out_D: Tensor | None, *, out_R: Tensor
 ) -> None:
-    expert, first, end = span
-    if grads.w_in_EFD is not None:
-        torch.mm(dz_rows.t(), x_rows, out=grads.w_in_EFD[expert])
-    if grads.b_in_EF is not None:
-        torch.sum(dz_rows, 0, out=grads.b_in_EF[expert])
-    if grads.x_RD is not None:
-        torch.mm(dz_rows, w_in, out=grads.x_RD[first:end])
-
-
-def _place_for_grads(
-    rows: _Rows, x_TD: Tensor, weight_Tk: Tensor, values: list[Tensor | None], needs: list[bool]
-) -> _Grads:
-    num_rows = rows.order_R.numel()
-    x_RD = x_TD.new_empty(num_rows, x_TD.shape[1]) if needs[0] else None
-    gate_R = weight_Tk.new_empty(num_rows) if needs[1] else None
-    pairs = zip(values, needs[2:], strict=True)
-    by_expert = [torch.empty_like(v) if need and v is not None else None for v, need in pairs]
-    busy = {expert for expert, _, _ in rows.ranges}
-    for grad in (g for g in by_expert if g is not None):
-        for expert in set(range(len(grad))) - busy:
-            grad[expert].zero_()
-    return _Grads(x_RD, gate_R, *by_expert)
-
-
-def _by_token(
-    grads: _Grads, rows: _Rows, weight_Tk: Tensor, inverse_R: Tensor
-) -> list[Tensor | None]:
-    dx_TD = dweight_Tk = None
-    if grads.x_RD is not None:
-        dx_TD = combine(grads.x_RD, None, inverse_R, num_choices=weight_Tk.shape[1])
-    if grads.gate_R is not None:
-        dweight_R = weight_Tk.new_zeros(weight_Tk.numel())
-        dweight_Tk = dweight_R.index_copy_(0, rows.order_R.long(), grads.gate_R).view_as(weight_Tk)
-    return [dx_TD, dweight_Tk]
+    """Write <dy, w_out h + b_out>, without the y that forward did not keep."""
+    gate_rows = _row_dot(dh_rows, h_rows)
+    if b_out_D is not None:
+        wide = gate_rows.dtype
+        gate_rows = torch.addmv(gate_rows, dy_rows.to(wide), b_out_D.to(wide))
+    out_R.copy_(gate_rows)
 
 
 def backward(
@@ -232,32 +234,40 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Return the gradients of x, weight, w_in, b_in, w_out, b_out: None where not `needs`."""
-    w_in_EFD, w_out_EDF = _by_expert(w_in, offset_E1), _by_expert(w_out, offset_E1)
     rows = _rows(order_R, offset_E1, weight_Tk.shape[1])
     weight_R1 = weight_Tk.reshape(-1, 1).index_select(0, rows.order_R)
-    places = [w_in_EFD, b_in, w_out_EDF, b_out]
-    grads = _place_for_grads(rows, x_TD, weight_Tk, places, needs)
-    for span in rows.ranges:
-        expert, first, end = span
-        token_rows, z_rows = rows.token_R[first:end], z_RF[first:end]
-        dy_rows, weight_rows = dy_TD.index_select(0, token_rows), weight_R1[first:end]
+    gate_R = weight_R1.new_empty(rows.order_R.numel())
+    # The gradient of a row of x is written over that row.
+    x_RD = x_TD.index_select(0, rows.token_R)
+    pairs = zip((w_in, b_in, w_out, b_out), needs[2:], strict=True)
+    grads = [v.new_empty(v.shape) if need and v is not None else None for v, need in pairs]
+    hidden_is_needed = needs[0] or needs[2] or needs[3]
+    for x_rows, dy_rows, weight_rows, gate_rows, z_rows, expert in zip(
+        rows.by_expert(x_RD),
+        rows.by_expert(dy_TD.index_select(0, rows.token_R)),
+        rows.by_expert(weight_R1),
+        rows.by_expert(gate_R),
+        rows.by_expert(z_RF),
+        _experts(w_in, w_out, b_out, grads, offset_E1.numel() - 1),
+        strict=True,
+    ):
         h_rows = activate(z_rows, function, is_gated=is_gated)
-        _output_grads(grads, expert, dy_rows=dy_rows, weight_rows=weight_rows, h_rows=h_rows)
-        if grads.gate_R is None and not grads.hidden_is_needed():
-            continue
-        dh_rows = dy_rows @ w_out_EDF[expert]
-        if grads.gate_R is not None:
-            # <dy, w_out h + b_out>, without the y that forward did not keep.
-            gate_rows = _row_dot(dh_rows, h_rows)
-            bias_rows = 0 if b_out is None else dy_rows @ b_out[expert]
-            grads.gate_R[first:end] = gate_rows + bias_rows
-        if grads.hidden_is_needed():
+        if needs[1] or hidden_is_needed:
+            dh_rows = dy_rows @ expert.w_out
+        if needs[1]:
+            _gate_grad(dy_rows, dh_rows, h_rows, expert.b_out, out_R=gate_rows)
+        dy_rows.mul_(weight_rows)
+        _linear_grads(dy_rows, h_rows, weight=expert.dw_out, bias=expert.db_out)
+        if hidden_is_needed:
             dh_rows.mul_(weight_rows)
             dz_rows = activate_grad(dh_rows, z_rows, function, is_gated=is_gated)
-            x_rows = x_TD.index_select(0, token_rows)
-            _input_grads(grads, span, dz_rows=dz_rows, x_rows=x_rows, w_in=w_in_EFD[expert])
-    of_tokens = _by_token(grads, rows, weight_Tk, inverse_R)
-    of_weights = [grads.w_in_EFD, grads.b_in_EF, grads.w_out_EDF, grads.b_out_ED]
-    like = [w_in, b_in, w_out, b_out]
-    pairs = zip(of_weights, like, strict=True)
-    return [*of_tokens, *(g if g is None or v is None else g.view_as(v) for g, v in pairs)]
+            _linear_grads(dz_rows, x_rows, weight=expert.dw_in, bias=expert.db_in)
+        if needs[0]:
+            torch.mm(dz_rows, expert.w_in, out=x_rows)
+    dx_TD = dweight_Tk = None
+    if needs[0]:
+        dx_TD = combine(x_RD, None, inverse_R, num_choices=weight_Tk.shape[1])
+    if needs[1]:
+        dweight_R = weight_Tk.new_zeros(weight_Tk.numel())
+        dweight_Tk = dweight_R.index_copy_(0, rows.order_R.long(), gate_R).view_as(weight_Tk)
+    return [dx_TD, dweight_Tk, *grads]
