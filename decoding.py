@@ -46,7 +46,7 @@ class UnreadableError(ValueError):
 class Encoded:
     """An image file's bytes with their header read: pixels are made when they are asked for."""
 
-    data: bytes
+    data: bytes | bytearray
     width: int
     height: int
     is_scaled: bool = False
@@ -73,7 +73,9 @@ def pick_decoder(name: str) -> tuple[str, str]:
     return "pillow", "auto: simplejpeg is not installed"
 
 
-def read_header(data: bytes, *, decoder: str = "pillow", is_scaled: bool = False) -> Encoded:
+def read_header(
+    data: bytes | bytearray, *, decoder: str = "pillow", is_scaled: bool = False
+) -> Encoded:
     """Return `data` with its size; `is_scaled` lets a JPEG be decoded no larger than is needed.
 
     Raises:
@@ -89,7 +91,7 @@ def read_header(data: bytes, *, decoder: str = "pillow", is_scaled: bool = False
     return Encoded(data, width, height, is_scaled, by_simplejpeg=found is not None)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+def _jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
     """Return width and height of a JPEG that simplejpeg turns into RGB, None of any other."""
     import simplejpeg  # noqa: PLC0415 - optional
 
@@ -100,7 +102,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if colors in ("YCbCr", "Gray", "RGB") else None
 
 
-def _image_size(data: bytes) -> tuple[int, int]:
+def _image_size(data: bytes | bytearray) -> tuple[int, int]:
     if data.startswith(PNG_MAGIC) and len(data) > 24:  # before Pillow warns of a large one
         return struct.unpack(">II", data[16:24])
     try:
@@ -112,9 +114,9 @@ def _image_size(data: bytes) -> tuple[int, int]:
         raise UnreadableError(_reason(data, err)) from err
 
 
-def _reason(data: bytes, error: Exception) -> str:
+def _reason(data: bytes | bytearray, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"is not a JPEG or PNG, begins with {data[:SHOWN_BYTES]!r}"
+        return f"is not a JPEG or PNG, begins with {bytes(data[:SHOWN_BYTES])!r}"
     return "truncated" if "truncated" in str(error) else f"damaged: {error}"
 
 
@@ -164,7 +166,7 @@ def without_rows_below(source: Encoded, row: int, *, scale: int = 1) -> Encoded:
     return replace(source, data=data, height=height, is_shortened=True)
 
 
-def _height_place(data: bytes) -> int | None:
+def _height_place(data: bytes | bytearray) -> int | None:
     """Return where a sequential JPEG's header has its height, None in any other file."""
     place = 2
     while data[place : place + 1] == b"\xff" and place + 9 <= len(data):
@@ -202,7 +204,7 @@ def _decode(source: Encoded, *, scale: int, scratch: bytearray | None = None) ->
     return _decode_by_pillow(source.data, scale=scale)
 
 
-def _decode_by_pillow(data: bytes, *, scale: int) -> np.ndarray:
+def _decode_by_pillow(data: bytes | bytearray, *, scale: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if scale > 1:

@@ -28,13 +28,16 @@ class Tolerance:
     """How many images of a split may be bad, counted once each over all ranks.
 
     `at_most` None stops at the first. `gather` returns what all ranks found, for what this one
-    found; it is called on every rank after the same batches.
+    found; it is called on every rank after the same batches. `seen` are those counted already, and
+    more are added to it.
     """
 
-    def __init__(self, at_most: int | None, *, gather: Gather | None = None) -> None:
+    def __init__(
+        self, at_most: int | None, *, gather: Gather | None = None, seen: set[int] | None = None
+    ) -> None:
         self.at_most = at_most
         self.gather = gather
-        self.seen: set[int] = set()
+        self.seen = set() if seen is None else seen
         self._new: list[BadImage] = []
 
     def note(self, found: tuple[BadImage, ...]) -> None:
@@ -127,9 +130,8 @@ class Feed:
         return ChildProcessError(f"data {self.split}: {what} ({count} workers, {where})")
 
     def _on_device(self, batch: Batch) -> Batch:
-        image_BCHW, label_B, position_B = (
-            value.to(self.device, non_blocking=True) for value in batch[:3]
-        )
+        image_BCHW, label_B = (value.to(self.device, non_blocking=True) for value in batch[:2])
         if image_BCHW.dtype == torch.uint8:
             image_BCHW = self.normaliser.batch(image_BCHW)
-        return Batch(image_BCHW, label_B, position_B, batch.bad)
+        # Positions stay on the host, which reads them to know how the batch is mixed.
+        return batch._replace(image_BCHW=image_BCHW, label_B=label_B)

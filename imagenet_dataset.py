@@ -8,7 +8,7 @@ Not here: transforms, collectives (rank and world arrive as values), mixup, the 
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from augment import Transform, drawing_from
-from decoding import UnreadableError
+from augment import CropAndFlip, Transform, drawing_from
+from decoding import Encoded, UnreadableError
 from image_reader import ImageReader, describe
 from seeds import stable_seed
 
 NOT_COUNTED = -1  # label of an image that only fills up a validation batch
+READ_AHEAD = 16  # images of a batch: while the code to read and draw is in the CPU's cache
 PREFETCHED = 2  # batches that a worker makes ahead
 REPLACEMENTS = 8  # tried for an image that cannot be read
 REPEATED_UNIT = 256  # an epoch of repeated augmentation is cut to a multiple of this many images
@@ -48,7 +49,8 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """One microbatch of one rank: images, int64 labels and int64 stream positions.
 
-    Images are uint8 as decoded, or float32 and normalised. Those in `bad` were replaced.
+    Images are uint8 as decoded, or float32 and normalised, channels last in memory. Those in `bad`
+    were replaced.
     """
 
     image_BCHW: Tensor
@@ -130,7 +132,18 @@ class Order:
         return Place(epoch, *divmod(dealt, self.repeats))
 
 
-class TrainImages(Dataset):
+class Images(Dataset[Sample]):
+    """Samples by their positions, made when they are laid into a batch."""
+
+    def __getitems__(self, positions: list[int]) -> tuple[int, Iterator[Sample]]:
+        """Return how many are asked for, and what makes them."""
+        return len(positions), self._samples(positions)
+
+    def _samples(self, positions: list[int]) -> Iterator[Sample]:
+        return map(self.__getitem__, positions)
+
+
+class TrainImages(Images):
     """The endless training stream: a position is an image of an epoch's order, augmented.
 
     An image that cannot be read is replaced by one that follows from its position alone, and
@@ -148,23 +161,53 @@ class TrainImages(Dataset):
 
     def __getitem__(self, position: int) -> Sample:
         """Decode and augment one image; the caller's RNG state is left as it was."""
-        epoch, place, repeat = self.order.place(position)
-        first = int(self._permutation(epoch)[place])
-        repeats = (repeat,) if self.order.repeats > 1 else ()
         index, bad = self.reader.index, []
-        for image in self._candidates(first, position):
-            seed = stable_seed(self.seed, "augment", epoch, image, *repeats)
+        for image in self._candidates(position):
             try:
-                with drawing_from(seed):
-                    image_CHW = self.transform(self.reader(image))
+                image_CHW = self._begun(image, position)()
             except UnreadableError as error:
                 bad.append(BadImage(image, describe(index, image, str(error))))
             else:
                 return Sample(image_CHW, index.labels[image], position, tuple(bad))
         raise ValueError(bad[0].line)
 
-    def _candidates(self, first: int, position: int) -> Iterator[int]:
-        yield first
+    def _samples(self, positions: list[int]) -> Iterator[Sample]:
+        for first in range(0, len(positions), READ_AHEAD):
+            group = positions[first : first + READ_AHEAD]
+            for finish in [self._ahead(position) for position in group]:
+                yield finish()
+
+    def _ahead(self, position: int) -> Callable[[], Sample]:
+        image = next(self._candidates(position))
+        try:
+            finish = self._begun(image, position)
+        except UnreadableError:
+            return partial(self.__getitem__, position)
+        return partial(self._finished, image, position, finish)
+
+    def _finished(self, image: int, position: int, finish: Callable[[], Tensor]) -> Sample:
+        try:
+            return Sample(finish(), self.reader.index.labels[image], position)
+        except UnreadableError:
+            return self[position]  # names it and takes another
+
+    def _begun(self, image: int, position: int) -> Callable[[], Tensor]:
+        """Read an image and return what makes the rest of it."""
+        place = self.order.place(position)
+        repeats = (place.repeat,) if self.order.repeats > 1 else ()
+        seed = stable_seed(self.seed, "augment", place.epoch, image, *repeats)
+        source = self.reader(image)
+        if isinstance(self.transform, CropAndFlip):
+            return self.transform.drawn(source, seed=seed)
+        return partial(self._transformed, source, seed)
+
+    def _transformed(self, source: Encoded, seed: int) -> Tensor:
+        with drawing_from(seed):
+            return self.transform(source)
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        epoch, place, _ = self.order.place(position)
+        yield int(self._permutation(epoch)[place])
         for attempt in range(REPLACEMENTS):
             seed = stable_seed(self.seed, "replace", position, attempt)
             yield seed % len(self.reader.index.paths)
@@ -178,7 +221,7 @@ class TrainImages(Dataset):
         return self._permutations[epoch]
 
 
-class ValImages(Dataset):
+class ValImages(Images):
     """Every image once, in index order; positions past the end repeat image 0, NOT_COUNTED.
 
     An image that cannot be read is black, NOT_COUNTED and reported.
@@ -218,40 +261,49 @@ class MicrobatchSampler(Sampler[list[int]]):
 
 
 class Collate:
-    """Stacks samples into one Batch.
+    """Makes samples one after the other and lays them into one Batch, in their memory format.
 
-    In a worker images go right into memory that the main process sees. With `is_reused` that is one
-    of a few buffers in turn, so a batch has to be copied before the next one is asked for: fresh
-    memory costs as much as to resize the images.
+    In a worker it lies in memory that the main process sees. With `is_reused` that is one of a few
+    buffers in turn, so a batch has to be copied before the next one is asked for: fresh memory
+    costs as much as to resize the images.
     """
 
     def __init__(self, *, is_reused: bool) -> None:
         self.is_reused = is_reused
-        self._buffers: list[Tensor] = []
+        self._buffers: dict[int, Tensor] = {}
         self._count = 0
 
-    def __call__(self, samples: list[Sample]) -> Batch:
+    def __call__(self, asked: tuple[int, Iterator[Sample]]) -> Batch:
         """Return the batch."""
-        images, labels, positions, bad = zip(*samples, strict=True)
-        batch = torch.tensor(labels), torch.tensor(positions), tuple(chain.from_iterable(bad))
-        if get_worker_info() is None:
-            return Batch(torch.stack(images), *batch)
-        size = len(images) * images[0].nbytes
-        memory = self._buffer(size)[:size].view(images[0].dtype)
-        image_BCHW = memory.view(len(images), *images[0].shape)
-        return Batch(torch.stack(images, out=image_BCHW), *batch)
+        count, samples = asked
+        first = next(samples)
+        image_BCHW = self._images(count, first.image_CHW)
+        labels, positions = [], []
+        bad: list[BadImage] = []
+        for image_CHW, sample in zip(image_BCHW, chain((first,), samples), strict=True):
+            image_CHW.copy_(sample.image_CHW)  # while it is in the CPU's cache
+            labels.append(sample.label)
+            positions.append(sample.position)
+            bad.extend(sample.bad)
+        return Batch(image_BCHW, torch.tensor(labels), torch.tensor(positions), tuple(bad))
+
+    def _images(self, count: int, like_CHW: Tensor) -> Tensor:
+        size = count * like_CHW.nbytes
+        memory = self._buffer(size)[:size].view(like_CHW.dtype)
+        strides = (like_CHW.numel(), *torch.empty_like(like_CHW).stride())
+        return memory.as_strided((count, *like_CHW.shape), strides)
 
     def _buffer(self, size: int) -> Tensor:
-        """Return a shared buffer of at least `size` bytes."""
-        if not self.is_reused:
-            return torch.empty(size, dtype=torch.uint8).share_memory_()
+        """Return a buffer of at least `size` bytes, shared in a worker."""
         # In use may be: one that the consumer copies, and those that the loader asked for ahead.
         self._count = (self._count + 1) % (PREFETCHED + 2)
-        while len(self._buffers) <= self._count:
-            self._buffers.append(torch.empty(size, dtype=torch.uint8).share_memory_())
-        if len(self._buffers[self._count]) < size:
-            self._buffers[self._count] = torch.empty(size, dtype=torch.uint8).share_memory_()
-        return self._buffers[self._count]
+        buffer = self._buffers.get(self._count)
+        if buffer is None or len(buffer) < size:
+            buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = buffer if get_worker_info() is None else buffer.share_memory_()
+        if self.is_reused:
+            self._buffers[self._count] = buffer
+        return buffer
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -272,12 +324,13 @@ def _loader(
     # The platform's start method is fine. Fork is: workers use Pillow and torch's CPU ops on one
     # thread (DataLoader sees to that), never CUDA, a collective or a lock of the main process.
     # So is spawn: all that is handed over can be pickled.
+    collate: Callable[..., Batch] = Collate(is_reused=is_reused)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=Collate(is_reused=is_reused),
+        collate_fn=collate,
         prefetch_factor=PREFETCHED if num_workers else None,
         timeout=timeout_s if num_workers else 0,
         worker_init_fn=_leave_process_group,

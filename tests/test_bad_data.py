@@ -20,12 +20,13 @@ from PIL import Image
 import assemble
 import image_reader
 import tar_shards
-from augment import Normaliser, val_transform
+from augment import Normaliser, drawing_from, train_transform, val_transform
 from decoding import UnreadableError, pick_decoder, read_header, rgb, rgb_of_box
 from feed import Feed, Tolerance
 from image_reader import ImageReader, describe
-from imagenet_dataset import NOT_COUNTED, train_loader, val_loader
+from imagenet_dataset import NOT_COUNTED, epoch_permutation, train_loader, val_loader
 from layouts import index_images
+from seeds import stable_seed
 from tests.images import folder_dataset, write_image
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -309,18 +310,56 @@ def test_a_skipped_image_is_replaced_alike_by_any_workers(root, num_workers, cap
     ), "named once, though met twice"
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_skipped_image_is_replaced_alike_at_any_world(root, world):
-    put(root, "train", 5, b"")
-    single = list(loaders(root, "train", on_error="skip"))
-    parts = [
-        list(loaders(root, "train", on_error="skip", batch_size=4 // world, rank=r, world=world))
-        for r in range(world)
-    ]
-    for number, batch in enumerate(single):
-        for field in range(3):
-            joined = torch.cat([rank[number][field] for rank in parts])
-            assert torch.equal(batch[field], joined)
+AUGMENTED = train_transform(
+    img_size=(8, 8),
+    scale=(0.2, 1.0),
+    ratio=(0.75, 1.33),
+    hflip=0.5,
+    color_jitter=0.4,
+    interpolation="bicubic",
+    mean=ZERO,
+    std=ONE,
+)
+
+
+def expected_at(index, position, *, bad, seed=5):
+    """Pixels, label and replaced images at a position, by the rule: of nothing but the position."""
+    epoch, place = divmod(position, len(index))
+    image = int(epoch_permutation(len(index), seed=seed, epoch=epoch)[place])
+    replaced = []
+    while image in bad:
+        attempt = len(replaced)
+        replaced.append(image)
+        image = stable_seed(seed, "replace", position, attempt) % len(index)
+    with drawing_from(stable_seed(seed, "augment", epoch, image)):
+        image_CHW = AUGMENTED(ImageReader(index)(image))
+    return image_CHW.numpy().tobytes(), index.labels[image], replaced
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("start_step", [0, 1, 4])
+def test_what_replaces_a_bad_image_follows_from_the_position_alone(
+    root, num_workers, world, start_step
+):
+    bad = (1, 4, 5, 9)
+    for image in bad:
+        index = put(root, "train", image, b"")
+    wanted = [expected_at(index, position, bad=bad) for position in range(24)]  # of 11 images
+    assert max(len(replaced) for _, _, replaced in wanted) >= 2, "a replacement is bad, too"
+    options = {"transform": AUGMENTED, "on_error": "skip", "max_bad": 4, "start_step": start_step}
+    options |= {"num_workers": num_workers, "batch_size": 4 // world, "world": world}
+    met = set()
+    for rank in range(world):
+        for batch in loaders(root, "train", rank=rank, **options):
+            positions = batch.position_B.tolist()
+            found = zip(batch.image_BCHW, batch.label_B.tolist(), strict=True)
+            rows = [(image_CHW.numpy().tobytes(), label) for image_CHW, label in found]
+            assert rows == [wanted[position][:2] for position in positions]
+            replaced = [image for position in positions for image in wanted[position][2]]
+            assert [one.image for one in batch.bad] == replaced
+            met |= {*positions}
+    assert met == set(range(4 * start_step, 24))
 
 
 def test_a_skipped_image_is_never_seen_and_the_others_are_as_without_it(root):
@@ -380,7 +419,7 @@ def test_bad_images_of_all_ranks_are_counted_together(ranks, root, small_run, ma
         f"dataset.train.root={root}",
         "dataset.on_error=skip",
         f"dataset.max_bad={max_bad}",
-        "training.steps=3",
+        "training.steps=9",  # over three epochs: each rank meets them all
         "dataset.train.batch_size=2",
     )
     found = ranks(2, count_bad, config)

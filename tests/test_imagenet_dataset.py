@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from augment import Normaliser, train_transform, val_transform
+from augment import SPARE, Normaliser, ReusedMemory, train_transform, val_transform
 from cropping import RandomResizedCrop, resize
 from decoding import read_header, rgb
 from feed import Feed, Tolerance
@@ -208,7 +208,7 @@ def test_train_loader_counts_microbatches_and_types(root):
     assert len(loader) == len(batches) == 6
     assert batches[0].image_BCHW.shape == (3, 3, 8, 8)
     assert batches[0].image_BCHW.dtype == torch.float32
-    assert batches[0].image_BCHW.is_contiguous()
+    assert batches[0].image_BCHW.is_contiguous(memory_format=torch.channels_last)
     assert batches[0].label_B.dtype == batches[0].position_B.dtype == torch.int64
     assert torch.cat([b.position_B for b in batches]).tolist() == list(range(6, 24))
 
@@ -365,6 +365,40 @@ def test_crops_are_drawn_as_torchvision_draws_them(ratio):
             image_CHW = torch.empty(3, height, width)
             theirs = transforms.RandomResizedCrop.get_params(image_CHW, [0.08, 1.0], list(ratio))
             assert ours == tuple(theirs)
+
+
+def test_raw_crops_and_flips_are_torchvisions(tmp_path):
+    write_image(tmp_path / "a.JPEG", size=(90, 70))
+    source = read_header((tmp_path / "a.JPEG").read_bytes())
+    options = {**OPTIONS, "interpolation": "bilinear", "color_jitter": 0.0, "is_raw": True}
+    ours = train_transform(**options)
+    box = {"scale": OPTIONS["scale"], "ratio": OPTIONS["ratio"]}
+    crop = transforms.RandomResizedCrop(OPTIONS["img_size"], **box)
+    theirs = transforms.Compose([crop, transforms.RandomHorizontalFlip(0.5)])
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(20):
+            torch.manual_seed(seed)
+            wanted_HWC = np.asarray(theirs(Image.fromarray(rgb(source))), dtype=int)
+            torch.manual_seed(seed)
+            found_CHW = ours(source)
+            before = torch.get_rng_state()
+            assert torch.equal(ours.drawn(source, seed=seed)(), found_CHW)
+            assert torch.equal(torch.get_rng_state(), before)
+            assert np.abs(found_CHW.permute(1, 2, 0).numpy() - wanted_HWC).max() <= 1
+
+
+def test_memory_of_normalised_batches_is_reused_once_nothing_lies_in_it():
+    memory = ReusedMemory()
+    first = memory.empty(torch.Size((4, 5)))
+    place, row = first.data_ptr(), first[1]
+    del first
+    assert memory.empty(torch.Size((4, 5))).data_ptr() != place  # a view is left
+    del row
+    assert place in {memory.empty(torch.Size((4, 5))).data_ptr() for _ in range(2)}
+    kept = [memory.empty(torch.Size((4, 5))) for _ in range(5)]
+    assert len({tensor.data_ptr() for tensor in kept}) == 5
+    del kept
+    assert len(memory._free) == SPARE
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
