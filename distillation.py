@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from timm.models import load_checkpoint
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import compose
 import losses
@@ -31,8 +32,10 @@ Rgb = Sequence[float]
 class Teacher(nn.Module):
     """A network in eval mode that takes images normalised for its student.
 
-    Shapes: image_BCHW -> logits_BY.
+    Shapes: image_BCHW -> logits_BY. `build_teacher` counts `flops_per_image`.
     """
+
+    flops_per_image = 0
 
     def __init__(self, model: nn.Module, *, of: tuple[Rgb, Rgb], own: tuple[Rgb, Rgb]) -> None:
         """`of` is mean and std that images come with, `own` those that `model` was trained with."""
@@ -115,7 +118,14 @@ def build_teacher(config: Config, world: World) -> Teacher:
     dtype = models.pick_dtype(config.model.dtype, world.device)
     teacher = Teacher(model.to(dtype), of=(data.mean, data.std), own=(mean, std)).to(world.device)
     height, width = models.height_width(config.model.vit.img_size)
-    shape = tuple(teacher(torch.zeros(1, 3, height, width, device=world.device, dtype=dtype)).shape)
+    image_1CHW = torch.zeros(1, 3, height, width, device=world.device, dtype=dtype)
+    with FlopCounterMode(display=False) as counter:
+        shape = tuple(teacher(image_1CHW).shape)
+    # It sees no kernels of Triton and TransformerEngine, which a network of ours may use.
+    if isinstance(model, VisionTransformer):
+        teacher.flops_per_image = model.flops_per_image()
+    else:
+        teacher.flops_per_image = counter.get_total_flops()
     if shape != (1, config.model.vit.num_classes):
         raise ValueError(
             f"config distillation.teacher={d.teacher}: has {shape[-1]} classes, not "
@@ -146,7 +156,6 @@ def with_teacher(run: Run) -> Run:
     student = run.model.get_submodule("module")
     assert isinstance(student, VisionTransformer), "what assemble.prepare shards"
     student.distilled_training = True
-    criterion = distilled_criterion(
-        run.criterion, build_teacher(run.config, run.world), kind=d.kind, alpha=d.alpha, tau=d.tau
-    )
-    return dataclasses.replace(run, criterion=criterion)
+    teacher = build_teacher(run.config, run.world)
+    criterion = distilled_criterion(run.criterion, teacher, kind=d.kind, alpha=d.alpha, tau=d.tau)
+    return dataclasses.replace(run, criterion=criterion, teacher_flops=teacher.flops_per_image)

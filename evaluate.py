@@ -45,6 +45,7 @@ EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 GUESSES = 5
 # Sections that only training reads.
 UNUSED = ("training", "optimizer", "fsdp", "distillation", "init")
+UNUSED_OF_MODEL = ("model.sdpa=", "model.compile=")
 # Of the network, what may differ from training: the rest decides what the weights compute.
 FREE = (
     "model.vit.dynamic_img_size",
@@ -82,7 +83,8 @@ def check_used(arguments: argparse.Namespace) -> None:
     if arguments.per_class and arguments.images:
         raise ValueError("--per-class: has no effect with --images")
     for override in arguments.overrides:
-        if re.split(r"[.=]", override)[0] in UNUSED:
+        first = re.split(r"[.=]", override)[0]
+        if first in UNUSED or override.startswith(UNUSED_OF_MODEL):
             raise ValueError(f"config {override}: has no effect here, only in training")
     path = arguments.json
     if path and not path.absolute().parent.is_dir():
@@ -109,7 +111,7 @@ def restore(source: Source, overrides: list[str]) -> Config:
 
 
 def by_class(sums_Y4: Tensor, classes: list[str]) -> dict[str, dict[str, float]]:
-    """Return images, loss, top-1 and top-5 (in percent) of each class that has images."""
+    """Return images, cross-entropy, top-1 and top-5 (in percent) of each class with images."""
     found = {}
     for name, (count, loss, top1, top5) in zip(classes, sums_Y4.tolist(), strict=True):
         if count:
@@ -121,13 +123,20 @@ def by_class(sums_Y4: Tensor, classes: list[str]) -> dict[str, dict[str, float]]
 def score(model: nn.Module, config: Config, world: World) -> dict[str, object]:
     """Return the figures over all validation images, and by class. Collective."""
     index = assemble.find_val_images(config, world)
+    num_classes = len(index.classes)
     sums_Y4 = scoring.score(
         model,
         assemble.val_batches(config, index, world),
         device=world.device,
         dtype=next(model.parameters()).dtype,
     ).cpu()
-    return {**scoring.figures(sums_Y4), "classes": by_class(sums_Y4, list(index.classes))}
+    figures = scoring.figures(sums_Y4)
+    if world.is_main and scoring.is_guessing(figures, num_classes=num_classes):
+        print(
+            f"note: top-1 is no better than guessing ({100 / num_classes:.2f} %): are the labels "
+            f"in {index.root} those that the weights were trained with?"
+        )
+    return {**figures, "classes": by_class(sums_Y4, list(index.classes))}
 
 
 def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> None:
@@ -135,14 +144,14 @@ def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> 
     rows = {
         "top-1": f"{scores['top1']:.2f} % of {scores['val_images']:.0f} validation images",
         "top-5": f"{scores['top5']:.2f} %",
-        "loss": f"{scores['val_loss']:.4f}",
+        "cross-entropy": f"{scores['val_loss']:.4f}",
     }
     classes = scores["classes"]
     assert isinstance(classes, dict), "by_class makes it"
     if per_class:
         for name, one in classes.items():
-            counts = f"of {one['images']:.0f}, top-5 {one['top5']:.2f} %, loss {one['loss']:.4f}"
-            rows[name] = f"{one['top1']:.2f} % {counts}"
+            others = f"top-5 {one['top5']:.2f} %, cross-entropy {one['loss']:.4f}"
+            rows[name] = f"{one['top1']:.2f} % of {one['images']:.0f}, {others}"
     print_table(origin, rows)
 
 

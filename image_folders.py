@@ -2,7 +2,8 @@
 
     <split>/<wnid>/*.JPEG                 class folders (ImageFolder; CLS-LOC train)
     <split>/<wnid>/images/*.JPEG          Tiny-ImageNet train; val/images/ + val_annotations.txt
-    Data/CLS-LOC/val/*.JPEG               a flat val folder, labelled by the first found of
+    Data/CLS-LOC/val/*.JPEG               a flat val folder, labelled by the first found of these,
+                                          which the others must not contradict
         LOC_val_solution.csv              as on Kaggle
         Annotations/CLS-LOC/val/*.xml     bounding boxes, whose object is the class
         ILSVRC2012_validation_ground_truth.txt   a line per image in order: a wnid, or the devkit's
@@ -15,7 +16,8 @@ import csv
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -32,10 +34,14 @@ LAYOUTS = (
     "<split>/<wnid>/*.JPEG, <split>/<wnid>/images/*.JPEG and val/images/*.JPEG, "
     "[ILSVRC/]Data/CLS-LOC/<split>, tar shards, or a saved Hugging Face dataset"
 )
-WNID = re.compile(r"n\d{8}")
+NUMBERED = re.compile(r"_val_(\d{8})(?!\d)")  # as ILSVRC numbers validation images, from 1
+XML_FILE = re.compile(r"<filename>\s*([^<\s]+)")
 XML_CLASS = re.compile(r"<object>\s*<name>\s*([^<\s]+)")
 MAX_XML_BYTES = 1 << 20
+XML_THREADS = 16
+SOURCES = (SOLUTION, XML_FOLDER, GROUND_TRUTH, META)
 PARENTS = 4  # from Data/CLS-LOC/val up to where Kaggle has LOC_val_solution.csv
+Labels = dict[str, str]  # name of an image without its suffix -> wnid
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -120,7 +126,7 @@ def _index_annotated(folder: Path, split: Split) -> ImageIndex:
         sizes=sizes,
         wnids=wnids,
         inner="images/",
-        source=ANNOTATIONS,
+        source=folder / ANNOTATIONS,
     )
 
 
@@ -132,7 +138,8 @@ def _with_train_classes(
     sizes: dict[str, int],
     wnids: Sequence[str],
     inner: str,
-    source: str,
+    source: Path,
+    watched: Sequence[Path] = (),
 ) -> ImageIndex:
     # The training folder beside it knows all classes; without one the annotations define them.
     train = folder.parent / "train"
@@ -149,7 +156,7 @@ def _with_train_classes(
         classes=tuple(classes),
         split=split,
         sizes=array("q", sizes.values()),
-        watched=(str(folder), *(str(place / source) for place in _places(folder))),
+        watched=(str(folder), *map(str, watched)),
     )
 
 
@@ -175,63 +182,132 @@ def _places(folder: Path) -> list[Path]:
 
 def _index_flat(folder: Path, split: Split) -> ImageIndex:
     sizes = _images(folder)
+    stems = [Path(name).stem for name in sizes]
+    found = list(_sources(folder, split, stems))
+    if not found:
+        problem = (
+            f"images without class folders need {SOLUTION}, {XML_FOLDER} or {GROUND_TRUTH} there "
+            f"or above; allowed: {LAYOUTS}"
+        )
+        raise FileNotFoundError(wrong_root(folder, split, problem))
+    (source, wnid_of), *others = found
+    if len(set(stems)) != len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise ValueError(wrong_root(folder, split, f"two images are named {twice}"))
+    for stem in sorted(wnid_of.keys() ^ set(stems)):
+        what = "is not among the images" if stem in wnid_of else f"is not in {source}"
+        raise ValueError(wrong_root(folder, split, f"image {stem} {what}; they must match"))
+    for other, theirs in others:
+        _check_agree(folder, split, (source, wnid_of), (other, theirs))
+    return _with_train_classes(
+        folder,
+        split,
+        layout="cls-loc",
+        sizes=sizes,
+        wnids=[wnid_of[stem] for stem in stems],
+        inner="",
+        source=source,
+        watched=[place / name for place in _places(folder) for name in SOURCES],
+    )
+
+
+def _sources(folder: Path, split: Split, stems: Sequence[str]) -> Iterator[tuple[Path, Labels]]:
+    """Yield each file or folder of labels and what it says, the one that decides first.
+
+    Of the others, a list that only counts images says nothing of another number of them.
+    """
+    is_first = True
     for place in _places(folder):
         if (place / SOLUTION).is_file():
-            source, wnids = SOLUTION, _from_solution(place / SOLUTION, folder, split, list(sizes))
-        elif (place / XML_FOLDER).is_dir():
-            source, wnids = str(XML_FOLDER), _from_xml(place / XML_FOLDER, folder, split, [*sizes])
-        elif (place / GROUND_TRUTH).is_file():
-            source, wnids = GROUND_TRUTH, _from_ground_truth(place, folder, split, len(sizes))
-        else:
-            continue
-        return _with_train_classes(
-            folder, split, layout="cls-loc", sizes=sizes, wnids=wnids, inner="", source=source
+            yield place / SOLUTION, _from_solution(place / SOLUTION)
+            is_first = False
+        if (place / XML_FOLDER).is_dir():
+            yield place / XML_FOLDER, _from_xml(place / XML_FOLDER, folder, split, stems)
+            is_first = False
+        if (place / GROUND_TRUTH).is_file():
+            lines = (place / GROUND_TRUTH).read_text("utf-8").split()
+            if is_first or len(lines) == len(stems):
+                yield place / GROUND_TRUTH, _from_ground_truth(place, folder, split, stems, lines)
+                is_first = False
+
+
+def _check_agree(
+    folder: Path, split: Split, first: tuple[Path, Labels], second: tuple[Path, Labels]
+) -> None:
+    """Raise ValueError if two sources of labels contradict each other."""
+    (source, wnid_of), (other, theirs) = first, second
+    both = sorted(wnid_of.keys() & theirs.keys())
+    wrong = [stem for stem in both if wnid_of[stem] != theirs[stem]]
+    if wrong:
+        stem = wrong[0]
+        problem = (
+            f"{len(wrong)} of {len(both)} labels in {source} and {other} differ, the first of "
+            f"{stem}: {wnid_of[stem]} and {theirs[stem]}"
         )
-    problem = (
-        f"images without class folders need {SOLUTION}, {XML_FOLDER} or {GROUND_TRUTH} there or "
-        f"above; allowed: {LAYOUTS}"
-    )
-    raise FileNotFoundError(wrong_root(folder, split, problem))
+        raise ValueError(wrong_root(folder, split, problem))
 
 
-def _from_solution(file: Path, folder: Path, split: Split, names: list[str]) -> list[str]:
+def _from_solution(file: Path) -> Labels:
     with file.open(encoding="utf-8", newline="") as lines:
         rows = [row for row in csv.reader(lines) if row and row[0] != "ImageId"]
-    wnid_of = {row[0]: row[1].split(" ")[0] for row in rows if len(row) > 1}
-    stems = [Path(name).stem for name in names]
-    for stem in sorted(wnid_of.keys() ^ set(stems)):
-        what = "is not among the images" if stem in wnid_of else f"is not in {SOLUTION}"
-        raise ValueError(wrong_root(folder, split, f"image {stem} {what}; they must match"))
-    return [wnid_of[stem] for stem in stems]
+    return {row[0]: row[1].split(" ")[0] for row in rows if len(row) > 1}
 
 
-def _from_xml(annotations: Path, folder: Path, split: Split, names: list[str]) -> list[str]:
-    wnids = []
-    for name in names:
-        file = annotations / f"{Path(name).stem}.xml"
-        is_small = file.is_file() and file.stat().st_size <= MAX_XML_BYTES
-        # Not an XML parser: one word is needed, and entities of a foreign file are a hazard.
-        found = XML_CLASS.search(file.read_text("utf-8", "replace")) if is_small else None
-        if found is None:
-            problem = f"image {name}: {file} must name the class of an object"
+def _from_xml(annotations: Path, folder: Path, split: Split, stems: Sequence[str]) -> Labels:
+    with ThreadPoolExecutor(XML_THREADS) as pool:
+        texts = pool.map(_read_small, (annotations / f"{stem}.xml" for stem in stems))
+    known, wnid_of = set(stems), {}
+    for stem, text in zip(stems, texts, strict=True):
+        if text is None:
+            continue
+        # Not an XML parser: two words are needed, and entities of a foreign file are a hazard.
+        of_class, of_file = XML_CLASS.search(text), XML_FILE.search(text)
+        if of_class is None:
+            problem = f"image {stem}: {annotations / stem}.xml must name the class of an object"
             raise ValueError(wrong_root(folder, split, problem))
-        wnids.append(found[1])
-    return wnids
+        named = Path(of_file[1]).stem if of_file else stem
+        if named != stem and named in known:  # some files of ILSVRC have no name there
+            problem = f"image {stem}: {annotations / stem}.xml is that of {named}"
+            raise ValueError(wrong_root(folder, split, problem))
+        wnid_of[stem] = of_class[1]
+    return wnid_of
 
 
-def _from_ground_truth(place: Path, folder: Path, split: Split, count: int) -> list[str]:
-    lines = (place / GROUND_TRUTH).read_text("utf-8").split()
-    if len(lines) != count:
-        problem = f"has {count} images, {place / GROUND_TRUTH} has {len(lines)} lines"
+def _read_small(file: Path) -> str | None:
+    """Return a file's text, nothing of one that is too long, None if there is none."""
+    if not file.is_file():
+        return None
+    return file.read_text("utf-8", "replace") if file.stat().st_size <= MAX_XML_BYTES else ""
+
+
+def _from_ground_truth(
+    place: Path, folder: Path, split: Split, stems: Sequence[str], lines: Sequence[str]
+) -> Labels:
+    file = place / GROUND_TRUTH
+    if len(lines) != len(stems):
+        problem = f"has {len(stems)} images, {file} has {len(lines)} lines"
         raise ValueError(wrong_root(folder, split, problem))
+    _check_numbers(file, folder, split, stems)
     if not all(line.isdecimal() for line in lines):
-        return lines
+        return dict(zip(stems, lines, strict=True))
     if not (place / META).is_file():
-        problem = f"{place / GROUND_TRUTH} has the devkit's numbers, which need its {META} beside"
+        problem = f"{file} has the devkit's numbers, which need its {META} beside"
         raise FileNotFoundError(wrong_root(folder, split, problem))
     wnid_of = read_wnids(place / META)
     for number, line in enumerate(lines, start=1):
         if int(line) not in wnid_of:
             problem = f"{GROUND_TRUTH} line {number}: {line} is not in {META}"
             raise ValueError(wrong_root(folder, split, problem))
-    return [wnid_of[int(line)] for line in lines]
+    return {stem: wnid_of[int(line)] for stem, line in zip(stems, lines, strict=True)}
+
+
+def _check_numbers(file: Path, folder: Path, split: Split, stems: Sequence[str]) -> None:
+    """Raise ValueError if images are numbered and one is not at the line of its number."""
+    for line, stem in enumerate(stems, start=1):
+        number = NUMBERED.search(stem)
+        if number is not None and int(number[1]) != line:
+            problem = (
+                f"image {stem} is number {line} of those there, so {file} is not theirs; in "
+                f"{SOLUTION} they would have names"
+            )
+            raise ValueError(wrong_root(folder, split, problem))

@@ -18,6 +18,7 @@ from seeds import stable_seed
 
 Split = Literal["train", "val"]
 WNID = re.compile(r"n\d+")
+WNID_IN_NAME = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
 
 class Names(Sequence[str]):
@@ -59,7 +60,8 @@ class ImageIndex:
 
     With `shards` (files below `root`), image i is the `sizes[i]` bytes from `offsets[i]` on in
     `shards[shard_of[i]]`, and its path is only a name. `watched` are the files and folders that
-    say whether the index is out of date.
+    say whether the index is out of date. `prints` are the fingerprints of duplicates.py, if they
+    were asked for.
     """
 
     root: Path
@@ -73,6 +75,7 @@ class ImageIndex:
     shard_of: array = field(default_factory=lambda: array("i"))
     offsets: array = field(default_factory=lambda: array("q"))
     watched: tuple[str, ...] = ()
+    prints: array = field(default_factory=lambda: array("Q"))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -91,6 +94,46 @@ def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
         extra = sorted(set(val.classes) - set(train.classes))[:5]
         problem = f"classes must be those of {train.root} (missing {missing}, unknown {extra})"
         raise ValueError(wrong_root(val.root, "val", problem))
+
+
+def check_separate(train: ImageIndex, val: ImageIndex) -> None:
+    """Raise ValueError if both splits are the same images."""
+    if (train.root, train.shards, train.paths) == (val.root, val.shards, val.paths):
+        problem = "are the training images, too; name the whole dataset's folder or one for each"
+        raise ValueError(wrong_root(val.root, "val", f"the {len(val)} images {problem}"))
+
+
+def check_every_class(index: ImageIndex) -> None:
+    """Raise ValueError if a class has no image, which a folder of its own cannot be without."""
+    present = set(index.labels)
+    missing = [name for label, name in enumerate(index.classes) if label not in present]
+    if missing:
+        problem = (
+            f"{len(missing)} of {len(index.classes)} classes have no image, the first "
+            f"{missing[:5]}: labels are wrong, or dataset.class_filter must leave these out"
+        )
+        raise ValueError(wrong_root(index.root, index.split, problem))
+
+
+def check_names(index: ImageIndex) -> None:
+    """Raise ValueError if the path of an image names another of the classes than its label."""
+    label_of = {
+        name: label for label, name in enumerate(index.classes) if WNID_IN_NAME.fullmatch(name)
+    }
+    if not label_of:
+        return
+    wrong = [
+        (path, label)
+        for path, label in zip(index.paths, index.labels, strict=True)
+        if any(label_of.get(name, label) != label for name in WNID_IN_NAME.findall(path))
+    ]
+    if wrong:
+        path, label = wrong[0]
+        problem = (
+            f"{len(wrong)} of {len(index)} images are named after another class than their label, "
+            f"the first {path}, labelled {index.classes[label]}"
+        )
+        raise ValueError(wrong_root(index.root, index.split, problem))
 
 
 def check_count(index: ImageIndex, expected: int | None) -> None:
@@ -153,6 +196,7 @@ def _subset(
         sizes=array("q", (index.sizes[image] for image in kept)),
         shard_of=array("i", (index.shard_of[image] for image in kept) if index.shards else ()),
         offsets=array("q", (index.offsets[image] for image in kept) if index.shards else ()),
+        prints=array("Q", (index.prints[image] for image in kept) if index.prints else ()),
     )
 
 

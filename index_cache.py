@@ -1,6 +1,7 @@
 """Keep the index of a dataset on disk, so that it is made once and not by every rank and run.
 
     refresh (one process): current? else layouts.index_images -> <folder>/<split>-<key>.npz
+                           with fingerprints, if they are asked for, as far as time allows
     load (every process):  .npz -> ImageIndex
 
 It lies in `.moevit-index/` beside the images, or in ~/.cache/moevit where that cannot be written.
@@ -14,16 +15,18 @@ import os
 import zipfile
 import zlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import duplicates
 import layouts
 from image_index import ImageIndex, Names, Split
 
-VERSION = 1
+VERSION = 2
 FOLDER = ".moevit-index"
 HOME_FOLDER = Path("~/.cache/moevit")
 SEPARATOR = "\0"  # no file name has it
@@ -38,30 +41,52 @@ class Cached(NamedTuple):
     is_new: bool
 
 
-def refresh(root: Path, split: Split, *, folder: Path | None = None) -> Cached:
+def refresh(
+    root: Path, split: Split, *, folder: Path | None = None, prints_s: float = 0.0
+) -> Cached:
     """Return the current index of a split, making it if there is none. One process only.
+
+    With `prints_s` it takes up to so many seconds to give images fingerprints that have none.
 
     Raises:
         ValueError: The dataset cannot be indexed, or the index can be written nowhere.
     """
     key = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
     places = [folder] if folder else [root / FOLDER, HOME_FOLDER.expanduser()]
-    for path in (place / f"{split}-{key}.npz" for place in places):
+    paths = [place / f"{split}-{key}.npz" for place in places]
+    current, cached = _find_current(paths)
+    index = layouts.index_images(root, split) if current is None else current
+    if prints_s and (not index.prints or duplicates.UNKNOWN in index.prints):
+        index = replace(index, prints=duplicates.fingerprints(index, within_s=prints_s))
+        cached = None
+    if cached is not None:
+        return cached
+    return _write_first(
+        paths, index, is_new=current is None, where=f"{folder}: the index of {root}"
+    )
+
+
+def _find_current(paths: Sequence[Path]) -> tuple[ImageIndex | None, Cached | None]:
+    """Return the index kept in one of the files, if it is current, and where it is."""
+    for path in paths:
         if (kept := _read(path)) and kept[1]["state"] == layouts.state(kept[0].watched):
-            return Cached(path, kept[1]["digest"], is_new=False)
-    index = layouts.index_images(root, split)
+            return kept[0], Cached(path, kept[1]["digest"], is_new=False)
+    return None, None
+
+
+def _write_first(paths: Sequence[Path], index: ImageIndex, *, is_new: bool, where: str) -> Cached:
+    """Write the index to the first of the files that can be written."""
     arrays, digest = _pack(index)
     problems = []
-    for path in (place / f"{split}-{key}.npz" for place in places):
+    for path in paths:
         try:
             _write(path, arrays)
         except OSError as error:
             problems.append(str(error))
         else:
-            return Cached(path, digest, is_new=True)
+            return Cached(path, digest, is_new)
     raise ValueError(
-        f"config dataset.index_folder={folder}: the index of {root} can be written nowhere "
-        f"({'; '.join(problems)})"
+        f"config dataset.index_folder={where} can be written nowhere ({'; '.join(problems)})"
     )
 
 
@@ -103,6 +128,7 @@ def _pack(index: ImageIndex) -> tuple[dict[str, np.ndarray], str]:
         "sizes": np.asarray(index.sizes, np.int64),
         "shard_of": np.asarray(index.shard_of, np.int32),
         "offsets": np.asarray(index.offsets, np.int64),
+        "prints": np.asarray(index.prints, np.uint64),
     }
     digest = _digest(arrays, header)
     text = json.dumps(header | {"digest": digest}).encode()
@@ -158,4 +184,5 @@ def _index(arrays: Mapping[str, np.ndarray], header: Mapping) -> ImageIndex:
         shard_of=array("i", arrays["shard_of"].tobytes()),
         offsets=array("q", arrays["offsets"].tobytes()),
         watched=tuple(header["watched"]),
+        prints=array("Q", arrays["prints"].tobytes()),
     )

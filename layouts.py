@@ -12,7 +12,7 @@ from pathlib import Path
 
 from arrow_files import find_saved, index_saved
 from image_folders import LAYOUTS, find_folder, index_folder
-from image_index import ImageIndex, Split, wrong_root
+from image_index import ImageIndex, Split, check_names, wrong_root
 from tar_shards import find_shards, index_shards
 
 STAT_THREADS = 16  # file systems across a network answer several at once
@@ -25,9 +25,15 @@ def index_images(root: Path, split: Split) -> ImageIndex:
 
     Raises:
         FileNotFoundError: The folder or the annotation file is missing.
-        ValueError: No image, an empty class, annotations that do not match the images, or a shard
-            that may not be read.
+        ValueError: No image, an empty class, annotations that do not match the images, names of
+            images that contradict their labels, or a shard that may not be read.
     """
+    index = _index(root, split)
+    check_names(index)
+    return index
+
+
+def _index(root: Path, split: Split) -> ImageIndex:
     if saved := find_saved(root, split):
         return index_saved(saved, split)
     if shards := find_shards(root, split):

@@ -22,6 +22,17 @@ import sharding
 from assemble import Run
 from logbook import Logbook, versions
 
+# What decides which images an update has, and how often each. Not the rank's batch, the workers or
+# the decoder: the same images come in another arrangement, or with the same pixels.
+ORDER = (
+    "global_batch",
+    "seed",
+    "train_images",
+    "dataset_sha256",
+    "config.dataset.train.repeats",
+)
+DEFAULTS = {"config.dataset.train.repeats": 1}
+
 
 def facts(
     run: Run, *, step: int, figures: Mapping[str, float], is_stop: bool = False
@@ -38,6 +49,7 @@ def facts(
         "seed": run.config.training.seed,
         "train_images": len(run.train_index.paths),
         "dataset_sha256": image_index.digest(run.train_index),
+        "bad_images": sorted(run.bad_images),
         "world_size": run.world.size,
         "metrics": dict(figures),
         "config": dataclasses.asdict(run.config),
@@ -53,6 +65,25 @@ def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
 
 
+def _check_order(run: Run, found: checkpoint.Checkpoint, *, old: object, new: object) -> None:
+    """Raise ValueError if one of the values that decide which images an update has is another."""
+    data, train = run.config.dataset.train, run.config.training
+    made_of = {
+        "global_batch": f" (batch_size {data.batch_size} x grad_accum_steps "
+        f"{train.grad_accum_steps} x {run.world.size} ranks; any that multiply to the same will do)"
+    }
+    had, has = dict(_flatten(old)), dict(_flatten(new))
+    for name in ORDER:
+        # What a checkpoint of before an option does not have was its default.
+        before = had.get(name, DEFAULTS.get(name))
+        if before != has[name]:
+            raise ValueError(
+                f"resume {found.folder}: {name.removeprefix('config.')}={has[name]}, the "
+                f"checkpoint has {before}{made_of.get(name, '')}; use the same, or another "
+                "training.checkpoint.path"
+            )
+
+
 def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
     """Return the options that changed since `found` was saved.
 
@@ -60,19 +91,7 @@ def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
         ValueError: The order of images would change, so the run could not continue exactly.
     """
     now = facts(run, step=found.step, figures={})
-    for name in ("global_batch", "seed", "train_images", "dataset_sha256"):
-        if found.state[name] != now[name]:
-            made_of = ""
-            if name == "global_batch":
-                data, train = run.config.dataset.train, run.config.training
-                made_of = (
-                    f" (batch_size {data.batch_size} x grad_accum_steps {train.grad_accum_steps} "
-                    f"x {run.world.size} ranks; any that multiply to the same will do)"
-                )
-            raise ValueError(
-                f"resume {found.folder}: {name}={now[name]}, the checkpoint has "
-                f"{found.state[name]}{made_of}; use the same, or another training.checkpoint.path"
-            )
+    _check_order(run, found, old=found.state, new=now)
     decay = run.config.training.ema_decay
     had_decay = dict(_flatten(found.state["config"])).get("training.ema_decay")
     if (decay is None) != (had_decay is None):
@@ -125,10 +144,19 @@ def resume(run: Run) -> Start:
     if found is None:
         return Start(None, rejected, [])
     changed = check_resumable(run, found)
+    run.bad_images.update(_bad_images(found))
     superseded = run_folder.supersede(run.folder, found.folder, apart_from=rejected)
     checkpoint.load(found, run.tensors())
     sharding.install_weights(run.model)
     return Start(found, rejected, changed, superseded)
+
+
+def _bad_images(found: checkpoint.Checkpoint) -> list[int]:
+    """Return the unreadable images that the run had met, none where they were not saved yet."""
+    images = found.state.get("bad_images", [])
+    if not (isinstance(images, list) and all(isinstance(image, int) for image in images)):
+        raise ValueError(f"resume {found.folder}: bad_images={images}: must be a list of numbers")
+    return images
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import checkpoint
 import run_folder
+import shared_index
 from assemble import Run
 from async_checkpoint import AsyncSaver, Committed
 from logbook import Logbook
@@ -73,6 +74,7 @@ class Saver:
         """
         self.drain()
         self._step, self._began, self._stalled_s = step, time.perf_counter(), 0.0
+        self._run.bad_images.update(shared_index.union(self._run.bad_images))
         state = facts(self._run, step=step, figures=figures, is_stop=is_stop)
         loss = figures.get("val_loss", figures["loss"])
         if self._background is not None and not is_last:

@@ -1,12 +1,15 @@
-"""Score a classifier over validation images: loss, top-1, top-5, in all and by class.
+"""Score a classifier over validation images: cross-entropy, top-1, top-5, in all and by class.
 
 Batch -> logits_BY -> sums_Y4 of (images, loss, top-1 hits, top-5 hits) by true class -> figures
+
+The loss here is the cross-entropy of the labels as they are, whatever the run trains with
+(training.loss, label_smoothing), so that runs can be compared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -67,7 +70,7 @@ def score(
 
 
 def figures(sums_Y4: Tensor) -> dict[str, float]:
-    """Return the number of images, mean loss, top-1 and top-5 (in percent) of `score`'s sums.
+    """Return the number of images, cross-entropy, top-1 and top-5 (in percent) of `score`'s sums.
 
     Raises:
         NonFiniteError: The loss is not finite.
@@ -81,3 +84,10 @@ def figures(sums_Y4: Tensor) -> dict[str, float]:
         "top1": 100 * top1 / count,
         "top5": 100 * top5 / count,
     }
+
+
+def is_guessing(figures: Mapping[str, float], *, num_classes: int) -> bool:
+    """Return whether top-1 is within three standard deviations of one class for every image."""
+    count = figures["val_images"]
+    hits, by_chance = figures["top1"] * count / 100, count / num_classes
+    return hits <= by_chance + 3 * math.sqrt(by_chance * (1 - 1 / num_classes))

@@ -261,6 +261,42 @@ def test_recipe_of_deit_3_has_its_values(name, lr, size, image, drop_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("size", "drop_path", "img_size", "top1"),
+    [("base", 0.2, 192, 83.8), ("large", 0.45, 192, 84.9), ("huge", 0.55, 154, 85.2)],
+)
+def test_fine_tuning_of_deit_3_at_224_has_its_values(size, drop_path, img_size, top1):
+    before, tuned = (compose.compose(f"deit3_{size}{end}", []) for end in ("", "_ft224"))
+    o, t, data = tuned.optimizer, tuned.training, tuned.dataset.train
+    assert before.model.vit.img_size == img_size
+    vit = dataclasses.replace(before.model.vit, img_size=224, drop_path_rate=drop_path)
+    assert tuned.model == dataclasses.replace(before.model, vit=vit)
+    assert tuned.init.checkpoint == before.training.checkpoint.path
+    batch = 8 * data.batch_size * t.grad_accum_steps
+    assert (batch, round(t.steps * batch / IMAGENET_IMAGES, 3)) == (512, 20)
+    assert round(o.warmup_steps * batch / IMAGENET_IMAGES, 3) == 5
+    assert (o.name, o.lr, o.base_batch, o.clip_norm) == ("adamw", 1e-5, None, None)
+    assert (o.warmup_lr, o.min_lr, o.weight_decay, o.layer_decay) == (1e-6, 1e-5, 0.1, None)
+    assert (t.loss, t.label_smoothing, t.ema_decay) == ("ce", 0.1, None)
+    assert (data.auto_augment, data.color_jitter) == ("rand-m9-mstd0.5-inc1", 0)
+    assert (data.reprob, data.repeats, data.mixup, data.cutmix) == (0, 1, 0.8, 1.0)
+    assert (data.crop, data.crop_scale, tuned.dataset.val.crop_ratio) == ("rrc", [0.08, 1.0], 1.0)
+    assert f"Top-1: {top1} % (README_revenge.md)" in head(f"deit3_{size}_ft224")
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_cost_of_fine_tuning_is_counted(size):
+    exaflops = []
+    for name in (f"deit3_{size}_ft224", f"deit3_{size}"):
+        t, data = compose.compose(name, []).training, compose.compose(name, []).dataset.train
+        images = t.steps * t.grad_accum_steps * data.batch_size * 8
+        exaflops.append(3 * built(name).flops_per_image() * images / 1e18)
+    comment = head(f"deit3_{size}_ft224").replace("\n", " ")
+    share = 100 * exaflops[0] / exaflops[1]
+    wanted = f"Cost: {exaflops[0]:.1f} EFLOPs, {share:.1f} % of the {exaflops[1]:.1f} of"
+    assert wanted in comment
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_leaves_out_nothing_that_there_is_an_option_for(name):
     for words in ("RandAugment", "random erasing", "repeated augmentation", "no options yet"):
@@ -503,7 +539,7 @@ def test_vit_options_are_the_arguments_of_the_model():
     theirs = {
         name: parameter.default
         for name, parameter in parameters.items()
-        if name not in ("backend", "ffn", "seed")
+        if name not in ("backend", "ffn", "seed", "sdpa")
     }
     assert dataclasses.asdict(ViTOptions()) == theirs
 

@@ -1,6 +1,7 @@
 """Distillation: timm's two-headed ViT, DeiT's losses, teachers of timm and of ours."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -246,9 +247,39 @@ def test_training_uses_the_teacher(ranks, small_run, resnet_file, tmp_path):
 
 def built(world, config):
     try:
-        return str(next(distillation.build_teacher(config, world).parameters()).dtype)
+        teacher = distillation.build_teacher(config, world)
+        return str(next(teacher.parameters()).dtype), teacher.flops_per_image
     except (ValueError, FileNotFoundError) as error:
         return str(error)
+
+
+def flops_of_convolutions(model, image_1CHW):
+    """Two for each product of a convolution or a linear layer, as its output and weights say."""
+    counts = []
+
+    def count(module, _inputs, output):
+        weights_per_output = module.weight[0].numel()
+        counts.append(2 * output.numel() * weights_per_output)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model.eval()(image_1CHW)
+    return sum(counts)
+
+
+def test_mfu_counts_the_forward_pass_of_the_teacher(ranks, small_run, resnet_file, tmp_path):
+    more = ["training.log_interval=2", "training.peak_tflops=0.5"]
+    config = small_run(*options_of(resnet_file, *more))
+    ranks(1, lambda world, config: train.train(config, world), config)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    line = next(line for line in lines if line["event"] == "train")
+    student = models.build_model(config, backend="torch", on_meta=True).train().flops_per_image()
+    teacher = flops_of_convolutions(timm.create_model("test_resnet", num_classes=3), image(1, 32))
+    assert teacher > 1_000_000
+    expected = 100 * (3 * student + teacher) * line["images_per_s"] / 0.5e12
+    assert line["mfu_percent"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_run_of_ours_can_teach(ranks, small_run, resnet_file, tmp_path):
@@ -262,7 +293,8 @@ def test_run_of_ours_can_teach(ranks, small_run, resnet_file, tmp_path):
             config.distillation, teacher=str(folder), teacher_checkpoint=None
         ),
     )
-    assert ranks(1, built, ours) == ["torch.float32"]
+    flops = models.build_model(lesson, backend="torch", on_meta=True).eval().flops_per_image()
+    assert ranks(1, built, ours) == [("torch.float32", flops)]
 
 
 @pytest.mark.parametrize(

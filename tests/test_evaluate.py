@@ -103,6 +103,8 @@ def test_two_ranks_score_as_one(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{val['top1']:.2f} % of 7 validation images" in done.stdout
     assert "n00000002" in done.stdout, "a line for each class"
+    is_guessing = val["top1"] < 85  # of 7 images of 3 classes
+    assert done.stdout.count("no better than guessing (33.33 %)") == is_guessing, "by one rank"
 
 
 def test_image_files_get_the_models_probabilities(ranks, trained, image_folder, tmp_path):

@@ -14,6 +14,7 @@ import compose
 import losses
 import optim
 import train
+import validation
 from image_reader import ImageReader
 from imagenet_dataset import Order, TrainImages, step_positions, train_loader
 from layouts import index_images
@@ -86,6 +87,7 @@ SCHEDULES = {
     "deit": (300, 5, 5e-4 * 1024 / 512),
     "deit3_base": (800, 5, 3e-3),
     "deit3_small": (800, 5, 4e-3),
+    "deit3_ft224": (20, 5, 1e-5),
     "incubation_pt": (300, 20, 5e-4 * 2048 / 512),
     "incubation_mt": (100, 20, 5e-4 * 2048 / 512),
     "incubation_ft": (100, 0, 5e-4 * 2048 / 512),
@@ -152,6 +154,18 @@ CURVES = {
         601: 5.94322e-4,
         799: 1.006153e-5,
     },
+    "deit3_ft224": {
+        0: 1e-6,
+        1: 1e-6,
+        2: 2.8e-6,
+        3: 4.6e-6,
+        4: 6.4e-6,
+        5: 8.2e-6,
+        6: 1e-5,
+        7: 1e-5,
+        13: 1e-5,
+        19: 1e-5,
+    },
     "incubation_pt": {
         0: 1e-6,
         1: 1e-6,
@@ -196,6 +210,26 @@ def test_curve_by_epochs_is_the_published_one_at_ten_epochs(name):
     assert len(CURVES[name]) == 10
     for epoch, lr in CURVES[name].items():
         assert by_epoch(name, epoch) == pytest.approx(lr, rel=1e-6), epoch
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_recipe_of_fine_tuning_has_the_curve_of_deit_3(size):
+    """At the first update of each epoch, before which DeiT steps its schedule."""
+    config = compose.compose(f"deit3_{size}_ft224", [])
+    o, steps = config.optimizer, config.training.steps
+    for epoch, lr in CURVES["deit3_ft224"].items():
+        if epoch == 0:
+            continue
+        found = optim.lr_at(
+            round((epoch - 1) * steps / 20),
+            peak=validation.peak_lr(config, 512),
+            final=o.min_lr,
+            warmup_steps=o.warmup_steps,
+            num_steps=steps,
+            warmup_lr=o.warmup_lr,
+            is_cosine_after_warmup=o.warmup_prefix,
+        )
+        assert found == pytest.approx(lr, rel=1e-3), epoch
 
 
 def timm_scheduler(name):
