@@ -32,7 +32,7 @@ import shared_index
 import validation
 from augment import Normaliser, Transform
 from distributed import World
-from feed import Feed, Tolerance
+from feed import Feed
 from image_index import ImageIndex, Split
 from image_reader import ImageReader
 from imagenet_dataset import Batch, Order
@@ -61,6 +61,8 @@ class Run:
     dtype: torch.dtype
     flops_per_image: int
     criterion: Criterion
+    teacher_flops: int = 0  # per image
+    bad_images: set[int] = dataclasses.field(default_factory=set)  # skipped so far, of train_index
 
     @property
     def folder(self) -> Path:
@@ -115,7 +117,8 @@ def _find_index(config: Config, root: Path, split: Split, world: World) -> Image
     data = config.dataset
     shared_index.unpack_once(root, world)
     folder = Path(data.index_folder).expanduser() if data.index_folder else None
-    index = shared_index.find_index(root, split, world, folder=folder)
+    prints_s = 0 if data.duplicates == "ignore" else config.distributed.timeout_s / 2
+    index = shared_index.find_index(root, split, world, folder=folder, prints_s=prints_s)
     share = data.subset if split == "train" else 1.0
     return image_index.select(index, class_filter=data.class_filter, share=share)
 
@@ -143,7 +146,7 @@ def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     train_index = _find_index(config, data_root(config), "train", world)
     image_index.check_count(train_index, config.dataset.train.images)
     val_index = find_val_images(config, world)
-    image_index.check_same_classes(train_index, val_index)
+    shared_index.check_splits(train_index, val_index, world, copies=config.dataset.duplicates)
     distributed.require_equal("dataset", image_index.digest(train_index))
     return train_index, val_index
 
@@ -222,6 +225,7 @@ def build_mixer(config: Config) -> Mixer | None:
 def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     """Build everything from the options; return it and the choices made, for the log."""
     backend, reason = models.pick_backend(config, world.device)
+    models.check_compile(config, backend=backend, reason=reason, device=world.device)
     dtype = models.pick_dtype(config.model.dtype, world.device)
     strategy = sharding.strategy_name(config.fsdp.zero_dp_strategy)
     meshes = distributed.build_meshes(
@@ -237,8 +241,10 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         on_meta=strategy != "no_shard",
         exchange=distributed.expert_exchange(meshes) if meshes.ep > 1 else None,
         device=world.device,
+        sdpa=config.model.sdpa,
     )
     models.check_fp8(config, vit.options)
+    block_choices = models.block_choices(config, vit.options, world.device)
     train_index, val_index = find_images(config, world)
     model = sharding.shard_model(
         vit,
@@ -248,6 +254,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         outer_strategy=config.fsdp.outer_dp_sharding_strategy,
         compute_dtype=dtype,
     )
+    models.compile_model(config, vit)
     shards = sharding.list_shards(model, rename=layers.canonical_name)
     run = Run(
         config,
@@ -266,6 +273,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     choices = {
         "backend": backend,
         "backend_reason": reason,
+        **block_choices,
         **models.expert_choices(config, world.device),
         "dtype": str(dtype).removeprefix("torch."),
         "device": distributed.device_name(world.device),
@@ -340,7 +348,7 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
         num_workers=data.num_workers,
         pin_memory=run.world.device.type == "cuda",
     )
-    yield from _feed(run.config, loader, "train", run.world)
+    yield from _feed(run.config, loader, "train", run.world, run.bad_images)
 
 
 def _reader(config: Config, index: ImageIndex, *, is_scaled: bool = False) -> ImageReader:
@@ -348,9 +356,9 @@ def _reader(config: Config, index: ImageIndex, *, is_scaled: bool = False) -> Im
     return ImageReader(index, decoder=decoder, is_scaled=is_scaled)
 
 
-def _feed(config: Config, loader: DataLoader, split: Split, world: World) -> Feed:
+def _feed(config: Config, loader: DataLoader, split: Split, world: World, bad: set[int]) -> Feed:
     data = config.dataset
-    gather = shared_index.gather_bad if world.size > 1 else None
+    at_most = data.max_bad if data.on_error == "skip" else None
     return Feed(
         loader,
         split=split,
@@ -359,7 +367,7 @@ def _feed(config: Config, loader: DataLoader, split: Split, world: World) -> Fee
             mean=(data.mean[0], data.mean[1], data.mean[2]),
             std=(data.std[0], data.std[1], data.std[2]),
         ),
-        tolerance=Tolerance(data.max_bad if data.on_error == "skip" else None, gather=gather),
+        tolerance=shared_index.make_tolerance(at_most, world, seen=bad),
     )
 
 
@@ -389,4 +397,4 @@ def val_batches(config: Config, index: ImageIndex, world: World) -> Feed:
         num_workers=config.dataset.num_workers,
         pin_memory=world.device.type == "cuda",
     )
-    return _feed(config, loader, "val", world)
+    return _feed(config, loader, "val", world, set())

@@ -244,7 +244,7 @@ class _Context(Protocol):
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 # Custom ops, so that a compiled block has them inside of its graph: they take the group by name,

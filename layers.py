@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import sdpa
+
 BACKENDS = ("torch", "te")
 FP8_RECIPES = ("delayed", "current")
 LAYER_NORM_EPS = 1e-6  # timm's, and what pretrained weights expect; torch's default is 1e-5
@@ -198,24 +200,28 @@ class ScaledDotProduct(nn.Module):
     """Softmax attention without a mask, in fused kernels. Owns no parameters.
 
     TE's kernels are for 16-bit numbers; elsewhere it would build the L x L softmax in Python, so
-    there torch's are used with either backend.
+    there torch's are used with either backend, and among them `kernel`, see sdpa.py.
     """
 
-    def __init__(self, *, drop: float, te_core: nn.Module | None = None) -> None:
+    def __init__(
+        self, *, drop: float, kernel: str = "auto", te_core: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.drop = drop
+        self.kernel = kernel
         self.te_core = te_core
 
     def forward(self, q_BLAK: Tensor, k_BLAK: Tensor, v_BLAK: Tensor) -> Tensor:
         """Return softmax(q k^T / sqrt(K)) v with heads side by side: BLAK, BLAK, BLAK -> BLD."""
         if self.te_core is not None and q_BLAK.dtype in (torch.float16, torch.bfloat16):
             return self.te_core(q_BLAK, k_BLAK, v_BLAK)
-        y_BALK = functional.scaled_dot_product_attention(
-            q_BLAK.transpose(1, 2),
-            k_BLAK.transpose(1, 2),
-            v_BLAK.transpose(1, 2),
-            dropout_p=self.drop if self.training else 0.0,
-        )
+        with sdpa.only(self.kernel):
+            y_BALK = functional.scaled_dot_product_attention(
+                q_BLAK.transpose(1, 2),
+                k_BLAK.transpose(1, 2),
+                v_BLAK.transpose(1, 2),
+                dropout_p=self.drop if self.training else 0.0,
+            )
         return y_BALK.transpose(1, 2).flatten(2)
 
 
@@ -243,6 +249,7 @@ class Attention(nn.Module):
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        kernel: str = "auto",
         backend: str = "torch",
     ) -> None:
         super().__init__()
@@ -251,7 +258,7 @@ class Attention(nn.Module):
         self.q_norm = layer_norm(dim // num_heads) if qk_norm else None
         self.k_norm = layer_norm(dim // num_heads) if qk_norm else None
         te_core = _te_attention(*self.head_shape, drop=attn_drop) if backend == "te" else None
-        self.core = ScaledDotProduct(drop=attn_drop, te_core=te_core)
+        self.core = ScaledDotProduct(drop=attn_drop, kernel=kernel, te_core=te_core)
         self.norm = layer_norm(dim) if scale_norm else None
         self.proj = linear(dim, dim, bias=proj_bias, backend=backend)
         self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else None

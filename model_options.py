@@ -139,3 +139,11 @@ class ModelOptions:
         "compute dtype, auto: bf16 on CUDA, fp32 on CPU; main weights are fp32",
         choices=("auto", "fp32", "bf16"),
     )
+    sdpa: str = option(
+        "auto",
+        "attention kernel of the blocks with backend torch; auto: PyTorch's choice",
+        choices=("auto", "flash", "cudnn", "efficient", "math"),
+    )
+    compile: bool = option(
+        False, "run each block as one compiled graph (backend torch); docs/performance.md"
+    )

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+import block_compile
 import distributed
 import kernels
 import layers
 import moe
+import sdpa as attention_kernels
 from balance import Coefficients
 from model_options import ViTOptions
 from routers import Router
@@ -57,6 +59,45 @@ def check_fp8(config: Config, options: VitOptions) -> None:
             batch_size=config.dataset.train.batch_size,
             num_tokens=options.num_tokens_in_training,
         )
+
+
+def block_choices(config: Config, options: VitOptions, device: torch.device) -> dict[str, object]:
+    """Return how blocks of backend torch run in training: attention kernel, compiled or not.
+
+    Raises:
+        ValueError: The one that was asked for does not work here.
+    """
+    if options.backend == "te":
+        return {}
+    dtype = pick_dtype(config.model.dtype, device)
+    head_dim, drop = options.embed_dim // options.num_heads, options.attn_drop_rate
+    num_tokens = options.num_tokens_in_training
+    usable = attention_kernels.usable_kernels(
+        device=device, dtype=dtype, head_dim=head_dim, num_tokens=num_tokens, drop=drop
+    )
+    where = f"{dtype} on {device}, {num_tokens} tokens, heads of {head_dim}, dropout {drop:g}"
+    attention_kernels.check_kernel(config.model.sdpa, usable, where=where)
+    usable_names = " ".join(usable)
+    return {"sdpa": config.model.sdpa, "sdpa_usable": usable_names, "compile": config.model.compile}
+
+
+def check_compile(config: Config, *, backend: str, reason: str, device: torch.device) -> None:
+    """Refuse to compile what cannot be.
+
+    Raises:
+        ValueError: The backend is te, whose layers break graphs, or a compiler is missing.
+    """
+    if not config.model.compile:
+        return
+    if backend == "te":
+        raise ValueError(f"config model.compile=true: needs model.backend=torch, not te ({reason})")
+    block_compile.check_compiler(device)
+
+
+def compile_model(config: Config, vit: VisionTransformer) -> None:
+    """Compile the blocks in place, if the options say so; after sharding."""
+    if config.model.compile:
+        block_compile.compile_blocks(vit.blocks)
 
 
 def _check_beside_experts(config: Config, blocks: list[int]) -> None:
@@ -140,11 +181,13 @@ def build_model(
     on_meta: bool,
     exchange: moe.Exchange | None = None,
     device: torch.device | None = None,
+    sdpa: str = "auto",
 ) -> VisionTransformer:
     """Build the ViT, on the meta device or the CPU; its values depend on seed and names alone.
 
     `exchange` is how experts are shared out among ranks, None for all of them here; `device` is
-    where the model will compute, which decides the expert kernels.
+    where the model will compute, which decides the expert kernels. `model.sdpa` is for training:
+    `sdpa` is what counts here.
     """
     options = dataclasses.asdict(config.model.vit)
     for name in ("img_size", "patch_size"):
@@ -154,4 +197,6 @@ def build_model(
     if config.model.moe.num_experts:
         ffn = moe_factory(config, exchange, device or torch.device("cpu"))
     with torch.device("meta") if on_meta else contextlib.nullcontext():
-        return VisionTransformer(**options, backend=backend, ffn=ffn, seed=config.training.seed)
+        return VisionTransformer(
+            **options, sdpa=sdpa, backend=backend, ffn=ffn, seed=config.training.seed
+        )

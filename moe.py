@@ -37,7 +37,9 @@ class Exchange(Protocol):
     def counts(self, send_Ee: Tensor) -> Tensor:
         """Return how many rows arrive from each peer for each expert here."""
 
-    def rows(self, x_RD: Tensor, *, send: list[int], receive: list[int]) -> Tensor:
+    def rows(
+        self, x_RD: Tensor, *, send_P: Tensor, receive_P: Tensor, num_rows: int | None = None
+    ) -> Tensor:
         """Send rows to the peers, in order, and return what arrives; differentiable."""
 
 
@@ -183,26 +185,40 @@ class MoE(nn.Module):
         )
 
     def _among_peers(self, x_TD: Tensor, routing: Routing, exchange: Exchange) -> Tensor:
-        """Send each row to the rank of its expert and back; two host reads, of the counts."""
+        """Send each row to the rank of its expert and back; waits once, for the counts."""
         size, num_experts = exchange.size, self.router.options.num_experts
         plan = kernels.plan_rows(routing.expert_id_Tk, num_experts)
         send_Ee = plan.rows_per_expert_E.view(size, num_experts // size)
         receive_Ee = exchange.counts(send_Ee)
-        send, receive = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).tolist()
+        send_P, receive_P = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).cpu().unbind()
         # Dropped rows stand last in the plan and stay here.
         num_choices = routing.weight_Tk.shape[1]
-        x_RD = kernels.gather_rows(
-            x_TD, plan, num_choices=num_choices, backend=self.kernel_backend
-        )[: sum(send)]
-        x_ND = exchange.rows(x_RD, send=send, receive=receive)
-        # Rows arrive by peer and, within a peer, by expert.
-        local_e = torch.arange(num_experts // size, device=x_TD.device).repeat(size)
-        expert_id_N = local_e.repeat_interleave(receive_Ee.flatten(), output_size=sum(receive))
-        local = kernels.plan_rows(expert_id_N[:, None], num_experts // size)
-        one_N1 = routing.weight_Tk.new_ones(sum(receive), 1)
-        y_ND = self._experts(x_ND, one_N1, local)
-        y_RD = exchange.rows(y_ND, send=receive, receive=send)
+        x_RD = kernels.gather_rows(x_TD, plan, num_choices=num_choices, backend=self.kernel_backend)
+        x_ND = exchange.rows(x_RD, send_P=send_P, receive_P=receive_P)
+        one_N1 = routing.weight_Tk.new_ones(x_ND.shape[0], 1)
+        y_ND = self._experts(x_ND, one_N1, kernels.RowPlan(*_plan_arrived(x_ND, receive_Ee)))
+        y_RD = exchange.rows(y_ND, send_P=receive_P, receive_P=send_P, num_rows=x_RD.shape[0])
         return kernels.combine(y_RD, routing.weight_Tk, plan.inverse_R, backend=self.kernel_backend)
+
+
+# A custom op: a graph could not follow what sorts a number of rows that it does not know.
+@torch.library.custom_op("moevit::plan_arrived", mutates_args=())
+def _plan_arrived(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of the RowPlan of rows that arrived by peer and, within one, by expert."""
+    num_peers, num_experts = rows_Pe.shape
+    local_e = torch.arange(num_experts, device=x_ND.device).repeat(num_peers)
+    expert_id_N = local_e.repeat_interleave(rows_Pe.flatten(), output_size=x_ND.shape[0])
+    plan = kernels.plan_rows(expert_id_N[:, None], num_experts)
+    return plan.order_R, plan.inverse_R, plan.offset_E1, plan.rows_per_expert_E
+
+
+@_plan_arrived.register_fake
+def _plan_arrived_fake(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = (x_ND.shape[0], x_ND.shape[0], rows_Pe.shape[1] + 1, rows_Pe.shape[1])
+    order_N, inverse_N, offset_E1, rows_E = (
+        x_ND.new_empty(size, dtype=torch.int32) for size in sizes
+    )
+    return order_N, inverse_N, offset_E1, rows_E
 
 
 def expert_blocks(

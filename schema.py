@@ -90,6 +90,11 @@ class DatasetOptions:
     )
     class_filter: list[str] = option([], "train and validate on these classes only; []: all")
     subset: float = option(1.0, "share of each class's training images", low=1e-6, high=1)
+    duplicates: str = option(
+        "warn",
+        "what equal files of two images do; ignore: are not looked for",
+        choices=("ignore", "warn", "stop"),
+    )
     decoder: str = option(
         "auto",
         "of JPEGs, with equal pixels; auto: simplejpeg where installed, and logs it",
@@ -205,7 +210,9 @@ class TrainingOptions:
         None, "another name of grad_accum_steps; null: not used", low=1
     )
     loss: str = option(
-        "ce", "cross-entropy, or binary cross-entropy of each class", choices=("ce", "bce")
+        "ce",
+        "cross-entropy, or binary cross-entropy of each class; val_loss is the former with both",
+        choices=("ce", "bce"),
     )
     bce_threshold: float | None = option(
         None, "targets above are 1, others 0 (DeiT III: 0); null: as they are", low=0, high=0.999
@@ -223,7 +230,9 @@ class TrainingOptions:
     tensorboard: bool = option(True, "write TensorBoard events to the run folder")
     wandb: WandbOptions = section(WandbOptions)
     peak_tflops: float | None = option(
-        None, "device peak for MFU; null: by device name, no MFU if unknown", low=1e-3
+        None,
+        "device peak for MFU, a teacher's forward counted; null: by device name, no MFU if unknown",
+        low=1e-3,
     )
 
 

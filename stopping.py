@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,6 +33,7 @@ class StopSignals:
         self._at = 0.0
         self._pid = os.getpid()
         self._before: list = []
+        self._poll: tuple[Tensor, dist.Work | None] | None = None
 
     def __enter__(self) -> StopSignals:
         self._before = [signal.signal(number, self._take) for number in SIGNALS]
@@ -56,15 +58,38 @@ class StopSignals:
         elif now - self._at > _SAME_REQUEST_S:
             os._exit(EXIT_STOPPED)
 
-    def agreed(self) -> bool:
-        """Return on every rank whether a rank was asked to stop. Collective.
-
-        On the CPU, so that on a GPU no step has to wait for the one before.
-        """
-        asked = torch.tensor(int(self._name is not None))
+    def _ask(self) -> None:
+        """Begin to count the ranks that were asked; on the CPU, so that no GPU is waited for."""
+        asked, work = torch.tensor(int(self._name is not None)), None
         if dist.get_world_size() > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            work = dist.all_reduce(asked, op=dist.ReduceOp.MAX, async_op=True)
+        self._poll = (asked, work)
+
+    def _answer(self) -> bool:
+        if self._poll is None:
+            return False
+        (asked, work), self._poll = self._poll, None
+        if work is not None:
+            work.wait()
         return bool(asked)
+
+    def agreed(self) -> bool:
+        """Return on every rank whether a rank was asked to stop. Collective, and waits for all."""
+        self._answer()
+        self._ask()
+        return self._answer()
+
+    def agreed_before(self) -> bool:
+        """Return on every rank whether one was asked to stop before it called this the last time.
+
+        Collective, without a wait: what is asked in one step is answered in the next, when all
+        ranks have long passed it. A rank that is alone has its answer at once.
+        """
+        if dist.get_world_size() == 1:
+            return self.agreed()
+        is_asked = self._answer()
+        self._ask()
+        return is_asked
 
     def describe(self) -> tuple[str, float]:
         """Return the signal's name and the seconds since the first rank had it. Collective."""

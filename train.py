@@ -174,8 +174,9 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
         raise NonFiniteError(f"non-finite loss={loss} or grad_norm={grad_norm} by step {step}")
     images_per_s = meter.steps * run.global_batch / train_s
     peak = distributed.peak_tflops(run.world.device, run.config.training.peak_tflops)
-    # Forward and backward: the backward pass has two products for each of the forward's.
-    flops_per_s = 3 * run.flops_per_image * images_per_s / run.world.size
+    # The backward pass has two products for each of the forward's; a teacher has only a forward.
+    flops = 3 * run.flops_per_image + run.teacher_flops
+    flops_per_s = flops * images_per_s / run.world.size
     figures = {
         "loss": loss,
         "grad_norm": grad_norm,
@@ -209,10 +210,11 @@ def fit(
         train_step(run, batches, step=done - 1, meter=meter)
         logbook.advance()
         saver.poll()
-        is_stopping = stop.agreed()
         is_validating = done % t.val_interval == 0 or done == t.steps
         is_saving = done % (t.checkpoint.interval or t.val_interval) == 0 or done == t.steps
-        if not (is_saving or is_validating or is_stopping or done % t.log_interval == 0):
+        is_waiting = is_saving or is_validating or done % t.log_interval == 0
+        is_stopping = stop.agreed() if is_waiting else stop.agreed_before()
+        if not (is_waiting or is_stopping):
             continue
         figures = read_meter(run, meter, step=done)
         logbook.metrics("train", step=done, values=figures)
@@ -246,7 +248,7 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> No
         "top-1": f"{figures['top1']:.2f} % of {figures['val_images']:.0f} validation images",
         "top-5": f"{figures['top5']:.2f} %",
         **averaged,
-        "validation loss": f"{figures['val_loss']:.4f}",
+        "validation cross-entropy": f"{figures['val_loss']:.4f}",
         "speed": f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)",
         "checkpoint": str(folder),
         "log": f"{run.folder}/log.jsonl",

@@ -11,8 +11,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import timm.layers
 import torch
-from timm.layers import DropPath, PatchDropout, resample_abs_pos_embed
 from torch import Tensor, nn
 
 import init
@@ -20,6 +20,28 @@ import layers
 import recompute
 from layers import through
 from vit_options import VitOptions, require
+
+
+class DropPath(timm.layers.DropPath):
+    """Leaves the branch out of some images in training and scales the others' up: x_BLD -> x_BLD.
+
+    Compiled, the rate is a tensor, so that blocks of all rates are one graph; the draws are then
+    not timm's. Source: stochastic depth, arXiv 1603.09382.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate)
+        # No buffer: it stays on the host, where kernels take a single value from without a copy.
+        self.keep = torch.tensor(1 - rate, dtype=torch.float32, device="cpu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x with whole images set to zero: x_BLD -> x_BLD."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        if not self.training:
+            return x
+        is_kept_B11 = torch.rand(len(x), 1, 1, device=x.device) < self.keep
+        return x * (is_kept_B11 / self.keep).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -38,6 +60,7 @@ class Block(nn.Module):
             proj_bias=o.proj_bias,
             attn_drop=o.attn_drop_rate,
             proj_drop=o.proj_drop_rate,
+            kernel=o.sdpa,
             backend=o.backend,
         )
         self.ls1 = None if o.init_values is None else layers.LayerScale(dim)
@@ -96,6 +119,7 @@ class VisionTransformer(nn.Module):
         weight_init: "" (timm), "jax", "jax_nlhb" or "moco"; the table is in init.initial_value.
         fix_init: scale each block's output projections down with depth.
         grad_checkpointing: recompute each block in backward.
+        sdpa: the attention kernel of the blocks, "auto" or one of sdpa.KERNELS; backend torch.
         backend: "torch" or "te", see layers.resolve_backend.
         ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP, whose
             options the other then sees to itself. A module of it whose
@@ -145,6 +169,7 @@ class VisionTransformer(nn.Module):
         weight_init: str = "",
         fix_init: bool = False,
         grad_checkpointing: bool = False,
+        sdpa: str = "auto",
         backend: str = "torch",
         ffn: Callable[[int], nn.Module | None] | None = None,
         seed: int = 0,
@@ -182,7 +207,9 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, num_pos, dim)) if has_pos else None
         self.pos_drop = nn.Dropout(o.pos_drop_rate) if o.pos_drop_rate > 0 else None
         drops = o.patch_drop_rate > 0
-        self.patch_drop = PatchDropout(o.patch_drop_rate, o.num_prefix_tokens) if drops else None
+        self.patch_drop = (
+            timm.layers.PatchDropout(o.patch_drop_rate, o.num_prefix_tokens) if drops else None
+        )
         self.norm_pre = layers.layer_norm(dim) if o.pre_norm else None
 
     def _build_top(self, o: VitOptions) -> None:
@@ -214,7 +241,7 @@ class VisionTransformer(nn.Module):
     def _positions(self, image_BCHW: Tensor) -> Tensor | None:
         if self.pos_embed is None or not self.options.dynamic_img_size:
             return self.pos_embed
-        return resample_abs_pos_embed(
+        return timm.layers.resample_abs_pos_embed(
             self.pos_embed,
             new_size=list(self.patch_embed.grid_hw(*image_BCHW.shape[2:])),
             old_size=list(self.options.grid_hw),

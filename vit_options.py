@@ -12,6 +12,7 @@ import torch
 
 from init import WEIGHT_INITS
 from layers import BACKENDS
+from sdpa import KERNELS
 
 POOLS = ("token", "avg", "map", "max", "avgmax", "")
 POS_EMBEDS = ("learn", "none")
@@ -66,12 +67,18 @@ class VitOptions:
     weight_init: str
     fix_init: bool
     grad_checkpointing: bool
+    sdpa: str
     backend: str
 
     def __post_init__(self) -> None:
         """Refuse values and combinations that cannot work or would have no effect."""
         if self.backend not in BACKENDS:
             raise ValueError(f"config model.backend={self.backend}: must be one of {BACKENDS} here")
+        if self.sdpa not in ("auto", *KERNELS):
+            names = ", ".join(KERNELS)
+            raise ValueError(f"config model.sdpa={self.sdpa}: must be one of auto, {names}")
+        if self.sdpa != "auto" and self.backend == "te":
+            raise ValueError(f"config model.sdpa={self.sdpa}: has no effect with backend te")
         self._check_values()
         self._check_image()
         self._check_tokens()

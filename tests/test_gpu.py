@@ -65,6 +65,18 @@ def test_bf16_steps_learn(small_run, tmp_path, cuda_world):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("kernel", ["auto", "flash", "efficient", "math"])
+def test_compiled_steps_learn_with_each_attention_kernel(
+    small_run, tmp_path, cuda_world, experts, kernel
+):
+    options = ["model.backend=torch", "model.compile=true", f"model.sdpa={kernel}"]
+    options += ["model.vit.drop_path_rate=0.1", f"model.moe.num_experts={experts}"]
+    choices, losses = learn(small_run, tmp_path, cuda_world, *options)
+    assert (choices["compile"], choices["sdpa"]) == (True, kernel)
+    assert losses[-1] < 0.9 * losses[0]
+
+
 @pytest.mark.parametrize("fp8", ["null", "delayed", "current"])
 def test_transformer_engine_steps_learn(small_run, tmp_path, cuda_world, fp8):
     pytest.importorskip("transformer_engine.pytorch")
