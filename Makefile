@@ -1,7 +1,8 @@
-# make train   train the default model on the bundled images (installs on first use; resumes)
-# make test    lint, types and tests (installs on first use)
-# make bench   the CPU benchmarks; make bench-gpu: the MoE layer on one GPU
-# make setup   only install, into .venv
+# make train       train the default model on the bundled images (installs on first use; resumes)
+# make test        lint, types and tests (installs on first use)
+# make bench       all CPU benchmarks, in less than ten minutes, and the tables of docs/performance.md
+# make bench-gpu   those of one CUDA device; ARGS=--dry: the same code with tiny sizes on a CPU
+# make setup       only install, into .venv
 
 PYTHON ?= python3.11
 # One rank per GPU; two on a machine without.
@@ -27,12 +28,10 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 bench: .venv/.train
-	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.train_step $(ARGS)
-	$(BIN)/python -m benchmarks.moe_cpu
-	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.run cpu $(ARGS)
 
 bench-gpu: .venv/.train
-	$(BIN)/python -m benchmarks.moe_gpu $(ARGS)
+	$(BIN)/python -m benchmarks.run gpu $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,6 +15,8 @@ Clock = Callable[[Run], float]
 # that waits for the device (its counts, say) still pays for that.
 HEAD_START_CYCLES = 6_000_000  # about 3 ms
 HOST_REPEATS = 5
+WARM_UP = 2
+FEWEST_ROUNDS = 3
 
 
 def wall_clock(run: Run) -> float:
@@ -42,8 +45,30 @@ def cuda_clock() -> Clock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """Return the clock of a device."""
+    """Return the clock of a device for single kernels and layers."""
     return cuda_clock() if device.type == "cuda" else wall_clock
+
+
+def step_clock(device: torch.device, *, steps: int) -> Clock:
+    """Return a clock of whole training steps: the mean of `steps` calls in a row.
+
+    No head start and no wait between the calls: where the host is slower than the device, that is
+    what a step costs.
+    """
+
+    def on_cuda(run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / steps
+
+    def on_cpu(run: Run) -> float:
+        return sum(wall_clock(run) for _ in range(steps)) / steps
+
+    return on_cuda if device.type == "cuda" else on_cpu
 
 
 def host_ms(run: Run, device: torch.device) -> float:
@@ -56,13 +81,22 @@ def host_ms(run: Run, device: torch.device) -> float:
     return statistics.median(times)
 
 
-def interleave(runs: dict[str, Run], clock: Clock, *, repeats: int) -> dict[str, list[float]]:
-    """Return milliseconds of each; rounds alternate forwards and backwards, two warm up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats + 2):
-        order = list(runs) if number % 2 else list(reversed(runs))
-        for name in order:
+def interleave(
+    runs: Mapping[str, Run], clock: Clock, *, repeats: int, limit_s: float = math.inf
+) -> dict[str, list[float]]:
+    """Return milliseconds of each; rounds alternate forwards and backwards, two warm up.
+
+    After `limit_s` seconds no round is begun if there were three.
+    """
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    started = time.monotonic()
+    for number in range(repeats + WARM_UP):
+        is_late = time.monotonic() - started > limit_s
+        if is_late and number >= FEWEST_ROUNDS + WARM_UP:
+            break
+        for name in names if number % 2 else names[::-1]:
             ms = clock(runs[name])
-            if number >= 2:
+            if number >= WARM_UP:
                 times[name].append(ms)
     return times

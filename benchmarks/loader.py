@@ -1,6 +1,6 @@
 """Time our training loader against torchvision's ImageFolder + DataLoader on the same JPEGs.
 
-    python -m benchmarks.loader [--images 400] [--rounds 6] [--workers 2] [--keep FOLDER]
+    python -m benchmarks.loader [--images 640] [--rounds 6] [--workers 2] [--out FILE]
 
 Both crop at random to 224 x 224 (bilinear), flip and normalise, in batches of 64 float32 images, by
 as many worker processes; rounds alternate forwards and backwards. Before anything is timed, both

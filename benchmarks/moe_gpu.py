@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import importlib.metadata
 import itertools
@@ -23,21 +22,19 @@ import math
 import platform
 import re
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 
 import triton_tiles
-from benchmarks import moe_kernels, moe_rivals
+from benchmarks import common, moe_kernels, moe_rivals
 from benchmarks.clock import Clock, Run, clock_of, host_ms, interleave
 from benchmarks.moe_check import OURS, Build, Errors, LayerRow, library_errors, prepare
 from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS, layer_floor_ms, works
 from benchmarks.moe_rivals import Case, Contender, Problem, draw
 from kernels import resolve_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "scattermoe", "sonic-moe", "megablocks", "liger-kernel")
 # Percent of the H200's rate that forward and backward of (dim, hidden) are to reach.
 TARGETS = {(768, 3072): 55, (1024, 4096): 58, (384, 1536): 42, (384, 384): 30}
@@ -231,13 +228,6 @@ def tune(cases: list[Case], setting: Setting, *, table: Path, deadline_s: float)
         print(f"{case.label}: {tiles}", flush=True)
 
 
-def commit() -> str:
-    """Return the commit of this checkout, or that it is none."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "not a checkout"
-
-
 def versions() -> dict[str, str | None]:
     """Return the versions that decide the figures; None: not installed."""
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
@@ -314,12 +304,11 @@ def main(arguments: list[str] | None = None) -> None:
         tune(cases, setting, table=options.table, deadline_s=deadline_s)
         return
     build, missing = builders(setting.backend)
-    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    stamp = common.stamp(setting.device)
     kind = "dry" if options.dry else "gpu"
     conditions: dict[str, object] = {
         "benchmark": "moe_gpu",
-        "date": date,
-        "commit": commit(),
+        **stamp,
         "device": "cpu" if options.dry else torch.cuda.get_device_name(),
         "is_dry": options.dry,
         "backend": setting.backend,
@@ -329,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": versions(),
         "unavailable": missing,
     }
-    out = options.out or ROOT / "benchmarks" / "results" / f"{date}-{kind}-moe_gpu.json"
+    out = options.out or common.RESULTS / f"{str(stamp['date'])[:10]}-{kind}-moe_gpu.json"
     for name, reason in missing.items():
         print(f"{name} is not here: {reason}")
     results: list[CaseResult] = []

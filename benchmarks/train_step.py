@@ -1,37 +1,31 @@
-"""Time one training step of our loop on one rank against a plain timm + PyTorch loop.
+"""Time one training step of our loop on one CPU rank against plain loops and FSDP2.
 
-    python -m benchmarks.train_step [--repeats 30] [--threads 2] [name=value ...]
+    python -m benchmarks.train_step [--batches 32 2] [--repeats 30] [--threads 2] [name=value ...]
 
 Same network, weights, images, labels, optimizer and clipping; the steps alternate in one process,
-so that a noisy machine disturbs both alike, and the figure is a ratio. Rows:
-  plain timm        timm's VisionTransformer, F.cross_entropy, clip_grad_norm_, fused AdamW
-  plain timm, loop  the same with the optimizer's default implementation
-  plain ours        our VisionTransformer in that plain loop: what the network itself costs
-  moevit            train.train_step: our network, Megatron-FSDP (ZeRO 3), the whole step
+so that a noisy machine disturbs all alike, and the figure is a ratio. Rows:
+  plain timm          timm's VisionTransformer, F.cross_entropy, clip_grad_norm_, fused AdamW
+  plain timm, default the same with the optimizer's default implementation
+  ours, plain         our VisionTransformer in that plain loop: what the network itself costs
+  ours, FSDP2         that under torch's fully_shard, a block a unit
+  moevit              train.train_step: our network, Megatron-FSDP (ZeRO 3), the whole step
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from timm.models import VisionTransformer as TimmViT
-from torch import Tensor, nn
 
 import assemble
 import compose
 import distributed
-import losses
-import models
-import optim
-import train
-from benchmarks import common
-from benchmarks.clock import Run, interleave, wall_clock
-from imagenet_dataset import Batch
+from benchmarks import common, steps
+from benchmarks.clock import interleave, wall_clock
+from benchmarks.steps import Step
 from schema import Config
 
 RIVAL = "plain timm"
@@ -39,106 +33,64 @@ RIVAL = "plain timm"
 OVERRIDES = ["training.tensorboard=false", "training.label_smoothing=0.1", "dataset.num_workers=0"]
 
 
-def plain_step(
-    model: nn.Module, config: Config, batch: Batch, *, fused: bool | None
-) -> Callable[[], Tensor]:
-    """Return a function that makes one training step the way a plain script does."""
-    o, t = config.optimizer, config.training
-    groups = optim.parameter_groups(model.named_parameters(), weight_decay=o.weight_decay)
-    optimizer = torch.optim.AdamW(
-        [dict(group) for group in groups], betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=fused
-    )
-    optim.set_lr(optimizer, o.lr)
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = losses.smoothed_loss(
-            model(batch.image_BCHW), batch.label_B, smoothing=t.label_smoothing
-        )
-        loss.backward()
-        if o.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def sharded_step(run: assemble.Run, batch: Batch) -> Callable[[], Tensor]:
-    """Return a function that makes one step of our loop."""
-    numbers = itertools.count()
-
-    def step() -> Tensor:
-        meter = train.Meter.start(run.world.device)
-        train.train_step(run, iter([batch]), step=next(numbers), meter=meter)
-        return meter.loss
-
-    return step
-
-
-def build_steps(config: Config, world: distributed.World) -> dict[str, Callable[[], Tensor]]:
+def build_steps(config: Config, world: distributed.World) -> dict[str, Step]:
     """Return the step of each row; all start from the same weights and see the same batch."""
     run, _ = assemble.prepare(config, world)
-    vit = config.model.vit
-    generator = torch.Generator().manual_seed(0)
-    size = config.dataset.train.batch_size
-    batch = Batch(
-        torch.randn(size, 3, *models.height_width(vit.img_size), generator=generator),
-        torch.randint(0, vit.num_classes, (size,), generator=generator),
-        torch.arange(size),
-    )
-    options = dataclasses.asdict(vit)
-    del options["grad_checkpointing"]  # a method of timm's model, off here
-    plain = [TimmViT(**options) for _ in range(2)]
-    ours = models.build_model(config, backend="torch", on_meta=False)
-    for model in plain:
-        model.load_state_dict(ours.state_dict())
+    device, batch = world.device, steps.make_batch(config, world.device)
+    timm_a, timm_b = (steps.timm_vit(config, device) for _ in range(2))
+    ours_a, ours_b = (steps.our_vit(config, device) for _ in range(2))
     return {
-        RIVAL: plain_step(plain[0], config, batch, fused=True),
-        "plain timm, loop": plain_step(plain[1], config, batch, fused=None),
-        "plain ours": plain_step(ours, config, batch, fused=True),
-        "moevit": sharded_step(run, batch),
+        RIVAL: steps.plain_step(timm_a, config, batch),
+        "plain timm, default": steps.plain_step(timm_b, config, batch, fused=None),
+        "ours, plain": steps.plain_step(ours_a, config, batch),
+        "ours, FSDP2": steps.fsdp2_step(ours_b, config, batch, dtype=torch.float32),
+        "moevit": steps.sharded_step(run, batch),
     }
 
 
-def check(steps: dict[str, Callable[[], Tensor]]) -> None:
+def check(contenders: Mapping[str, Step]) -> None:
     """Make a step of each and refuse to time loops that compute something else.
 
     Raises:
         ValueError: The first loss of a loop is not the rival's.
     """
-    losses = {name: step().item() for name, step in steps.items()}
-    reference = losses[RIVAL]
-    for name, loss in losses.items():
-        if abs(loss - reference) > 1e-4 * abs(reference):
-            raise ValueError(f"{name}: first loss {loss}, {RIVAL} has {reference}")
+    first = {name: step().item() for name, step in contenders.items()}
+    steps.check_losses(first, rival=RIVAL, dtype=torch.float32)
 
 
-def main() -> None:
-    """Measure, print a table and write it with what is needed to repeat it."""
+def measure(config: Config, *, repeats: int, limit_s: float) -> list[common.Row]:
+    """Return a row per loop for the batch of `config`."""
+    batch = config.dataset.train.batch_size
+    with distributed.process_group("cpu", timeout_s=600) as world:
+        contenders = build_steps(config, world)
+        check(contenders)
+        times = interleave(contenders, wall_clock, repeats=repeats, limit_s=limit_s)
+    rounds = len(times[RIVAL])
+    rows = common.summarise(times, rival=RIVAL)
+    return [{"batch": batch, "rounds": rounds, **row} for row in rows]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table and write it, after each batch, with what is needed to repeat it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-name", default="vit_tiny_patch8_64")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 2])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="fewer rounds after this")
     parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-train_step.json")
     parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     torch.set_num_threads(arguments.threads)
-    config = compose.compose(arguments.config_name, [*OVERRIDES, *arguments.overrides])
-    with distributed.process_group("cpu", timeout_s=600) as world:
-        steps = build_steps(config, world)
-        check(steps)
-        runs: dict[str, Run] = {**steps}
-        times = interleave(runs, wall_clock, repeats=arguments.repeats)
-    rows = common.summarise(times, rival=RIVAL)
-    common.print_rows(rows)
-    conditions = {
-        "config": arguments.config_name,
-        "overrides": arguments.overrides,
-        "batch": config.dataset.train.batch_size,
-        "repeats": arguments.repeats,
-    }
-    common.write("train_step", out=arguments.out, conditions=conditions, rows=rows)
+    share_s = arguments.limit_s / len(arguments.batches)
+    conditions = {"config": arguments.config_name, "overrides": arguments.overrides}
+    rows = []
+    for batch in arguments.batches:
+        overrides = [*OVERRIDES, *arguments.overrides, f"dataset.train.batch_size={batch}"]
+        config = compose.compose(arguments.config_name, overrides)
+        rows += measure(config, repeats=arguments.repeats, limit_s=share_s)
+        common.print_rows([row for row in rows if row["batch"] == batch])
+        common.write("train_step", out=arguments.out, conditions=conditions, rows=rows)
 
 
 if __name__ == "__main__":

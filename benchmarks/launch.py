@@ -1,0 +1,134 @@
+"""Time from the launch of train.py to its first training step, against a plain timm script's.
+
+    python -m benchmarks.launch [--rounds 4] [--device cuda] [name=value ...]
+
+From the start of the process to the line that it prints after its first update: imports, options,
+index of the images, model, shards, first batch from a loader with one worker, first step. Both
+train the network of config/vit_tiny_patch8_64.yaml on the bundled images; launches take turns.
+The import row is the floor: a process that imports torch and timm, as both do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import archives
+from benchmarks import common
+
+RIVAL, OURS, FLOOR = "plain timm script", "train.py", "import torch, timm"
+FIRST_STEP = "train step=1 "
+DATA = common.ROOT / "data" / "tiny-imagenet-5"
+FEWEST_ROUNDS = 2
+
+
+def time_to_line(command: Sequence[str], line: str) -> float:
+    """Return the milliseconds until a process has printed a line that begins so; then end it.
+
+    Raises:
+        ChildProcessError: It ended without.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        cwd=common.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None, "it is a pipe"
+        said = []
+        try:
+            for text in process.stdout:
+                if text.startswith(line):
+                    return 1000 * (time.perf_counter() - start)
+                said.append(text)
+        finally:
+            # The loader's workers, too: they are in the process's own group.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    raise ChildProcessError(f"{' '.join(command)} ended before {line!r}: {''.join(said)[-2000:]}")
+
+
+def commands(folder: Path, device: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return the command of each row."""
+    python = [sys.executable, "-u"]
+    options = [
+        "--config-name=vit_tiny_patch8_64",
+        f"device={device}",
+        f"dataset.train.root={DATA}",
+        f"training.checkpoint.path={folder / 'run'}",
+        "training.log_interval=1",
+        "training.tensorboard=false",
+        *overrides,
+    ]
+    loaded = f"import torch, timm; torch.zeros(1, device={device!r}); print({FIRST_STEP!r})"
+    script = ["-m", "benchmarks.plain_timm", "--root", str(DATA), "--device", device]
+    return {
+        RIVAL: [*python, *script],
+        OURS: [*python, "train.py", *options],
+        FLOOR: [*python, "-c", loaded],
+    }
+
+
+def measure(
+    device: str, overrides: Sequence[str], *, rounds: int, limit_s: float
+) -> dict[str, list[float]]:
+    """Return milliseconds per launch of each row; the first round, from cold disks, is left out."""
+    times: dict[str, list[float]] = {RIVAL: [], OURS: [], FLOOR: []}
+    started = time.monotonic()
+    for number in range(rounds + 1):
+        if time.monotonic() - started > limit_s and number > FEWEST_ROUNDS:
+            break
+        for name in list(times) if number % 2 else list(reversed(times)):
+            # A folder of its own, or the second launch would resume.
+            with tempfile.TemporaryDirectory() as folder:
+                command = commands(Path(folder), device, overrides)[name]
+                ms = time_to_line(command, FIRST_STEP)
+            if number:
+                times[name].append(ms)
+    return times
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table and write it with what is needed to repeat it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="fewer rounds after this")
+    parser.add_argument("--out", type=Path, help="default: results/<date>-<device>-launch.json")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_intermixed_args(argv)
+    archives.unpack_archive(DATA)  # the plain script does not
+    times = measure(
+        arguments.device,
+        arguments.overrides,
+        rounds=arguments.rounds,
+        limit_s=arguments.limit_s,
+    )
+    rows = common.summarise(times, rival=RIVAL)
+    common.print_rows(rows)
+    common.write(
+        "launch",
+        out=arguments.out,
+        conditions={"overrides": arguments.overrides, "rounds": len(times[OURS])},
+        rows=rows,
+        device=torch.device(arguments.device),
+    )
+
+
+if __name__ == "__main__":
+    main()
