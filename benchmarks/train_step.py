@@ -8,7 +8,7 @@ so that a noisy machine disturbs all alike, and the figure is a ratio. Rows:
   plain timm, default the same with the optimizer's default implementation
   ours, plain         our VisionTransformer in that plain loop: what the network itself costs
   ours, FSDP2         that under torch's fully_shard, a block a unit
-  moevit              train.train_step: our network, Megatron-FSDP (ZeRO 3), the whole step
+  moevit              train.train_step: our network, Megatron-FSDP, the whole step
 """
 
 from __future__ import annotations

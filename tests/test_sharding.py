@@ -199,7 +199,7 @@ def test_without_the_zero_step_fix_the_first_update_is_wrong(ranks):
 
 
 def count_reductions(world, strategy, accum):
-    calls = {"reduce_scatter_tensor": 0, "all_reduce": 0}
+    calls = {"reduce_scatter_tensor": 0, "all_to_all_single": 0, "all_reduce": 0}
     model, shards = shard(world, small_vit(), strategy=strategy)
     optimizer = make_optimizer("sgd", [(s.name, s.local) for s in shards])
     sharding.shard_optimizer(optimizer)
