@@ -331,7 +331,6 @@ def cpu_parts(folder):
         ["--batches", "2", "--repeats", "2", "--threads", "1", *TINY, *out("train_step")]
     )
     optimizer.main(["--repeats", "2", "--streamed-bytes", "1000000", *TINY, *out("optimizer")])
-    fed.main(["--dry", *out("fed")])
 
 
 def test_parts_write_what_the_tables_need(tmp_path):
@@ -344,8 +343,22 @@ def test_parts_write_what_the_tables_need(tmp_path):
     starts = ["loop", *(f"batch 2: {loop}" for loop in loops), "update", *updates]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == starts
     assert not [row for row in rows if "|  |" in row], "no cell is empty"
-    result = json.loads((tmp_path / "fed.json").read_text())
-    assert [row["loop"] for row in result["rows"]] == [fed.SYNTHETIC, fed.ALONE, fed.FED]
+
+
+@pytest.mark.slow
+def test_the_other_parts_for_a_gpu_run_dry_by_the_runner(tmp_path):
+    """All but step_gpu, which is above, and moe_gpu, which has a file of tests of its own."""
+    names = [part.name for part in run.PARTS["gpu"] if part.name not in ("step_gpu", "moe_gpu")]
+    out = tmp_path / "gpu.json"
+    assert run.main(["gpu", "--dry", "--parts", *names, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert list(result["parts"]) == names
+    assert result["is_dry"]
+    loops = {name: [row["loop"] for row in part["rows"]] for name, part in result["parts"].items()}
+    assert loops["fed"] == [fed.SYNTHETIC, fed.ALONE, fed.FED]
+    assert loops["optimizer"] == [*optimizer.WAYS, optimizer.OURS]
+    assert {"moevit, background", "moevit, load"} < set(loops["checkpoint_save"])
+    assert {"plain timm script", "train.py"} < set(loops["launch"])
 
 
 def test_a_loop_with_another_loss_is_not_timed():
