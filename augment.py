@@ -127,6 +127,10 @@ class CropAndFlip:
         self.hflip = hflip
         self._generator = torch.Generator()
 
+    def __reduce__(self) -> tuple[Callable, tuple[RandomResizedCrop, float]]:
+        """Return how another process makes one, with a generator of its own."""
+        return _crop_and_flip, (self.crop, self.hflip)
+
     def __call__(self, source: Source) -> Tensor:
         """Return uint8 image_CHW; draws from torch's generator."""
         return self._drawn(source, torch.default_generator)()
@@ -143,6 +147,10 @@ class CropAndFlip:
     def _made(self, source: Source, box: Box, is_flipped: bool) -> Tensor:
         image_CHW = self.crop.cut(source, box)
         return image_CHW.flip(-1) if is_flipped else image_CHW
+
+
+def _crop_and_flip(crop: RandomResizedCrop, hflip: float) -> CropAndFlip:
+    return CropAndFlip(crop, hflip=hflip)
 
 
 def _crop(

@@ -65,11 +65,24 @@ class RandomResizedCrop:
         self.scale = list(scale)
         self.ratio = list(ratio)
         self._log_ratio = torch.log(torch.tensor(self.ratio)).tolist()
+        self.mode = mode
+        self._take_memory()
+
+    def _take_memory(self) -> None:
         # Drawn into again and again: to make a tensor takes longer than to draw a number.
         self._real, self._whole = torch.empty(1), torch.empty(1, dtype=torch.int64)
-        self.mode = mode
         # Memory just used is in the CPU's cache, new memory is not and may have to be handed out.
         self._scratch, self._dense = bytearray(SCRATCH_BYTES), bytearray(SCRATCH_BYTES)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the options: processes that draw must not share the memory they draw into."""
+        own = ("_real", "_whole", "_scratch", "_dense")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take the options and memory of this process's own."""
+        vars(self).update(state)
+        self._take_memory()
 
     def __call__(self, source: Encoded | Image.Image) -> Tensor:
         """Return uint8 image_CHW of the size asked for; draws from torch's generator."""

@@ -145,6 +145,12 @@ def resume(run: Run) -> Start:
         return Start(None, rejected, [])
     changed = check_resumable(run, found)
     run.bad_images.update(_bad_images(found))
+    data = run.config.dataset
+    if data.on_error == "skip" and len(run.bad_images) > data.max_bad:
+        raise ValueError(
+            f"config dataset.max_bad={data.max_bad}: the run has met {len(run.bad_images)} images "
+            f"that cannot be used by {found.folder} (it must be at least that)"
+        )
     superseded = run_folder.supersede(run.folder, found.folder, apart_from=rejected)
     checkpoint.load(found, run.tensors())
     sharding.install_weights(run.model)

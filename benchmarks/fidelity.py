@@ -70,7 +70,7 @@ KNOWN = {
 # What does not change the weights that a run ends with.
 WITHOUT_EFFECT = {
     *("training.val_interval", "training.log_interval", "training.tensorboard"),
-    *("training.checkpoint.path", "device"),
+    *("training.checkpoint.path", "device", "fsdp.zero_dp_strategy"),
 }
 
 

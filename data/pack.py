@@ -5,7 +5,7 @@
 Any layout that training reads (docs/data.md) -> <out>/<split>/<split>-000000.tar in WebDataset's
 layout, and <out>/classes.txt. `--side` is the shorter side in pixels that larger images are resized
 to (bicubic, JPEG quality 90); smaller ones, and all with 0, are kept as they are. A split has its
-name once it is complete; the same command goes on with one that was interrupted.
+name once it is complete; the same command, for that split, goes on with one that was interrupted.
 """
 
 from __future__ import annotations
@@ -186,7 +186,11 @@ def pack(
     """
     done = out / split
     if done.exists() and not (done.is_dir() and not any(done.iterdir())):
-        raise FileExistsError(f"{done}: is there already; delete it or name another folder")
+        other = "val" if split == "train" else "train"
+        raise FileExistsError(
+            f"{done}: is there already; delete it or name another folder (if it is complete and "
+            f"{other} is not: --splits {other})"
+        )
     index = index_images(root, split)
     folder = out / f".{split}.part"
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,9 @@ def test_bad_images_of_before_count_after_a_resume(ranks, small_run, tmp_path, c
     assert ranks(2, outcome, small_run(*options, "training.steps=2")) == ["finished"] * 2
     first = sorted([order[0], order[2]])
     assert states(tmp_path / "run") == {1: first, 2: first}, "those of both ranks, at each save"
+    fewer = small_run(*options, "training.steps=3", "dataset.max_bad=1")
+    says = r"config dataset.max_bad=1: the run has met 2 images that cannot be used by .*step_2"
+    assert all(re.match(says, line) for line in ranks(2, outcome, fewer))
     capfd.readouterr()
     alone = small_run(*options, "training.steps=3", "training.grad_accum_steps=2")
     says = "config dataset.max_bad=2: 3 images cannot be used, the last are named above"
