@@ -19,6 +19,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A signal to a whole process group comes twice, once more through torchrun: still one request.
 _SAME_REQUEST_S = 2.0
+# A step of this length does not notice that its host waits for the others.
+_LONG_STEP_S = 1.0
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong
@@ -34,6 +36,8 @@ class StopSignals:
         self._pid = os.getpid()
         self._before: list = []
         self._poll: tuple[Tensor, dist.Work | None] | None = None
+        self._polled_at = time.monotonic()
+        self._is_slow = False  # alike on all ranks
 
     def __enter__(self) -> StopSignals:
         self._before = [signal.signal(number, self._take) for number in SIGNALS]
@@ -59,19 +63,22 @@ class StopSignals:
             os._exit(EXIT_STOPPED)
 
     def _ask(self) -> None:
-        """Begin to count the ranks that were asked; on the CPU, so that no GPU is waited for."""
-        asked, work = torch.tensor(int(self._name is not None)), None
+        """Begin to ask all ranks; on the CPU, so that no GPU is waited for."""
+        now, work = time.monotonic(), None
+        facts = torch.tensor([self._name is not None, now - self._polled_at > _LONG_STEP_S]).int()
+        self._polled_at = now
         if dist.get_world_size() > 1:
-            work = dist.all_reduce(asked, op=dist.ReduceOp.MAX, async_op=True)
-        self._poll = (asked, work)
+            work = dist.all_reduce(facts, op=dist.ReduceOp.MAX, async_op=True)
+        self._poll = (facts, work)
 
     def _answer(self) -> bool:
         if self._poll is None:
             return False
-        (asked, work), self._poll = self._poll, None
+        (facts, work), self._poll = self._poll, None
         if work is not None:
             work.wait()
-        return bool(asked)
+        is_asked, self._is_slow = (bool(fact) for fact in facts)
+        return is_asked
 
     def agreed(self) -> bool:
         """Return on every rank whether a rank was asked to stop. Collective, and waits for all."""
@@ -83,9 +90,10 @@ class StopSignals:
         """Return on every rank whether one was asked to stop before it called this the last time.
 
         Collective, without a wait: what is asked in one step is answered in the next, when all
-        ranks have long passed it. A rank that is alone has its answer at once.
+        ranks have long passed it. A rank that is alone has its answer at once, and so have all
+        where a step takes long: the next one may end after a scheduler's patience.
         """
-        if dist.get_world_size() == 1:
+        if dist.get_world_size() == 1 or self._is_slow:
             return self.agreed()
         is_asked = self._answer()
         self._ask()

@@ -459,3 +459,22 @@ def test_ranks_agree_to_stop_without_waiting_in_a_step(ranks):
 
     assert ranks(2, answers) == [[False, False, True, True]] * 2
     assert ranks(1, answers) == [[False] * 4]
+
+
+def test_ranks_whose_steps_are_long_agree_at_once(ranks):
+    """One rank's step is long: from the next call on both wait, and answer in the step itself."""
+
+    def answers(world):
+        from stopping import StopSignals
+
+        stop = StopSignals()
+        stop._polled_at -= 60 * world.rank
+        found = [stop.agreed_before(), stop.agreed_before()]
+        stop._polled_at -= 60 * world.rank
+        found.append(stop.agreed_before())
+        if world.rank == 1:
+            stop._name = "SIGTERM"
+        found.append(stop.agreed_before())
+        return found
+
+    assert ranks(2, answers) == [[False, False, False, True]] * 2
