@@ -18,7 +18,7 @@ import numpy as np
 
 from decoding import UnreadableError
 from image_index import ImageIndex
-from image_reader import ImageReader
+from image_reader import PASSING, ImageReader
 
 UNKNOWN, UNREADABLE = 0, 1  # no fingerprints
 PROBED_BYTES = 4096  # from the middle: beginnings are headers, which are often the same
@@ -28,16 +28,21 @@ MOST_COMPARED = 2_000  # images read whole at most, at each start
 Group = tuple[list[int], list[int]]  # images of training and of validation that are the same
 
 
-def fingerprints(index: ImageIndex, *, within_s: float) -> array:
+def num_unknown(index: ImageIndex) -> int:
+    """Return how many images have no fingerprint yet."""
+    return index.prints.count(UNKNOWN) if index.prints else len(index)
+
+
+def fingerprints(index: ImageIndex, *, ends: float) -> array:
     """Return uint64 of each image's size and some of its bytes, those that are known taken over.
 
-    Images that there was no time for are UNKNOWN: another call goes on with them. What cannot be
-    read is UNREADABLE; that is another check's business.
+    Images not begun when time.monotonic() is past `ends`, or that cannot be read just now, are
+    UNKNOWN: another call goes on with them. What cannot be read at all is UNREADABLE; that is
+    another check's business.
     """
     found = array("Q", index.prints or bytes(8 * len(index)))
     missing = [image for image, value in enumerate(found) if value == UNKNOWN]
     chunks = [missing[first : first + CHUNK] for first in range(0, len(missing), CHUNK)]
-    ends = time.monotonic() + within_s
     with ThreadPoolExecutor(THREADS) as pool:
         parts = pool.map(partial(_chunk, index, ends=ends), chunks)
         for images, values in zip(chunks, parts, strict=True):
@@ -66,8 +71,8 @@ def _fingerprint(index: ImageIndex, image: int) -> int:
             probe = os.pread(file, count, offset + (size - count) // 2)
         finally:
             os.close(file)
-    except OSError:
-        return UNREADABLE
+    except OSError as err:
+        return UNKNOWN if err.errno in PASSING else UNREADABLE
     if not probe:
         return UNREADABLE
     sha = hashlib.blake2b(size.to_bytes(8, "little") + probe, digest_size=8)
@@ -77,7 +82,7 @@ def _fingerprint(index: ImageIndex, image: int) -> int:
 def find_twins(train: ImageIndex, val: ImageIndex) -> list[str]:
     """Return what images are there more than once, a sentence for each kind with an example.
 
-    Both indexes have fingerprints; images without one are left out.
+    Images without a fingerprint are left out.
     """
     suspects = _suspects(train, val)
     groups = _compare(suspects[:MOST_COMPARED], train, val)
@@ -91,7 +96,9 @@ def _suspects(train: ImageIndex, val: ImageIndex) -> list[int]:
 
     Those of validation are counted on from those of training.
     """
-    prints = np.concatenate([np.asarray(index.prints, np.uint64) for index in (train, val)])
+    prints = np.concatenate(
+        [np.asarray(index.prints or [UNKNOWN] * len(index), np.uint64) for index in (train, val)]
+    )
     order = np.argsort(prints, kind="stable")
     ordered = prints[order]
     is_next = np.concatenate([ordered[1:] == ordered[:-1], [False]])

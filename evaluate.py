@@ -45,7 +45,7 @@ EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 GUESSES = 5
 # Sections that only training reads.
 UNUSED = ("training", "optimizer", "fsdp", "distillation", "init")
-UNUSED_OF_MODEL = ("model.sdpa=", "model.compile=")
+UNUSED_OPTIONS = ("model.sdpa=", "model.compile=", "dataset.duplicates=")
 # Of the network, what may differ from training: the rest decides what the weights compute.
 FREE = (
     "model.vit.dynamic_img_size",
@@ -84,7 +84,7 @@ def check_used(arguments: argparse.Namespace) -> None:
         raise ValueError("--per-class: has no effect with --images")
     for override in arguments.overrides:
         first = re.split(r"[.=]", override)[0]
-        if first in UNUSED or override.startswith(UNUSED_OF_MODEL):
+        if first in UNUSED or override.startswith(UNUSED_OPTIONS):
             raise ValueError(f"config {override}: has no effect here, only in training")
     path = arguments.json
     if path and not path.absolute().parent.is_dir():
@@ -100,7 +100,8 @@ def restore(source: Source, overrides: list[str]) -> Config:
         ValueError: One does, or cannot be.
     """
     trained = {name: value for name, _, value in walk(compose.restore(source.config, []))}
-    config = compose.restore(source.config, overrides)
+    # Only training compares images: their fingerprints are not worth the reads here.
+    config = compose.restore(source.config, [*overrides, "dataset.duplicates=ignore"])
     for name, _, value in walk(config):
         is_network = name.startswith(("model.vit.", "model.moe.")) and name not in FREE
         if is_network and value != trained[name]:

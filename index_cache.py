@@ -1,7 +1,7 @@
 """Keep the index of a dataset on disk, so that it is made once and not by every rank and run.
 
     refresh (one process): current? else layouts.index_images -> <folder>/<split>-<key>.npz
-                           with fingerprints, if they are asked for, as far as time allows
+                           then with fingerprints, if they are asked for, as far as time allows
     load (every process):  .npz -> ImageIndex
 
 It lies in `.moevit-index/` beside the images, or in ~/.cache/moevit where that cannot be written.
@@ -12,6 +12,7 @@ is checked against a digest; a damaged file is made anew.
 import hashlib
 import json
 import os
+import time
 import zipfile
 import zlib
 from array import array
@@ -26,7 +27,7 @@ import duplicates
 import layouts
 from image_index import ImageIndex, Names, Split
 
-VERSION = 2
+VERSION = 3
 FOLDER = ".moevit-index"
 HOME_FOLDER = Path("~/.cache/moevit")
 SEPARATOR = "\0"  # no file name has it
@@ -34,10 +35,14 @@ DAMAGED = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFi
 
 
 class Cached(NamedTuple):
-    """Where an index is kept, the digest of its content, and whether it was made just now."""
+    """Where an index is kept, a digest of all but its fingerprints, and whether it is new.
+
+    Two jobs may take fingerprints at the same time and come to different ones: either's index will
+    do for the other.
+    """
 
     path: Path
-    digest: str
+    identity: str
     is_new: bool
 
 
@@ -46,37 +51,49 @@ def refresh(
 ) -> Cached:
     """Return the current index of a split, making it if there is none. One process only.
 
-    With `prints_s` it takes up to so many seconds to give images fingerprints that have none.
+    With `prints_s` it gives images fingerprints that have none, until so many seconds after the
+    call. If they can be written nowhere, an index that is there is returned without them.
 
     Raises:
         ValueError: The dataset cannot be indexed, or the index can be written nowhere.
     """
+    ends = time.monotonic() + prints_s
     key = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
     places = [folder] if folder else [root / FOLDER, HOME_FOLDER.expanduser()]
     paths = [place / f"{split}-{key}.npz" for place in places]
     current, cached = _find_current(paths)
     index = layouts.index_images(root, split) if current is None else current
-    if prints_s and (not index.prints or duplicates.UNKNOWN in index.prints):
-        index = replace(index, prints=duplicates.fingerprints(index, within_s=prints_s))
-        cached = None
-    if cached is not None:
+    is_new, needs_prints = current is None, prints_s > 0 and duplicates.num_unknown(index) > 0
+    if cached is not None and not needs_prints:
         return cached
-    return _write_first(
-        paths, index, is_new=current is None, where=f"{folder}: the index of {root}"
-    )
+    try:
+        # Before fingerprints: an interruption loses only those, and for no place none are taken.
+        cached = _write_first(paths, index, is_new=is_new)
+        if needs_prints:
+            index = replace(index, prints=duplicates.fingerprints(index, ends=ends))
+            cached = _write_first(paths, index, is_new=is_new)
+    except OSError as error:
+        if cached is None:
+            raise ValueError(
+                f"config dataset.index_folder={folder}: the index of {root} can be written "
+                f"nowhere ({error})"
+            ) from error
+    return cached
 
 
 def _find_current(paths: Sequence[Path]) -> tuple[ImageIndex | None, Cached | None]:
-    """Return the index kept in one of the files, if it is current, and where it is."""
-    for path in paths:
-        if (kept := _read(path)) and kept[1]["state"] == layouts.state(kept[0].watched):
-            return kept[0], Cached(path, kept[1]["digest"], is_new=False)
-    return None, None
+    """Return the current index with the most fingerprints in the files, if any, and its place."""
+    found = [
+        (kept[0], Cached(path, kept[1]["identity"], is_new=False))
+        for path in paths
+        if (kept := _read(path)) and kept[1]["state"] == layouts.state(kept[0].watched)
+    ]
+    return min(found, key=lambda one: duplicates.num_unknown(one[0]), default=(None, None))
 
 
-def _write_first(paths: Sequence[Path], index: ImageIndex, *, is_new: bool, where: str) -> Cached:
-    """Write the index to the first of the files that can be written."""
-    arrays, digest = _pack(index)
+def _write_first(paths: Sequence[Path], index: ImageIndex, *, is_new: bool) -> Cached:
+    """Write the index to the first of the files that can be written; OSError if none can."""
+    arrays, identity = _pack(index)
     problems = []
     for path in paths:
         try:
@@ -84,16 +101,14 @@ def _write_first(paths: Sequence[Path], index: ImageIndex, *, is_new: bool, wher
         except OSError as error:
             problems.append(str(error))
         else:
-            return Cached(path, digest, is_new)
-    raise ValueError(
-        f"config dataset.index_folder={where} can be written nowhere ({'; '.join(problems)})"
-    )
+            return Cached(path, identity, is_new)
+    raise OSError("; ".join(problems))
 
 
 def is_kept(cached: Cached) -> bool:
     """Return whether this process sees the index that another one made."""
     kept = _read(cached.path)
-    return kept is not None and kept[1]["digest"] == cached.digest
+    return kept is not None and kept[1]["identity"] == cached.identity
 
 
 def load(cached: Cached) -> ImageIndex:
@@ -103,13 +118,14 @@ def load(cached: Cached) -> ImageIndex:
         ValueError: The file is another one by now, or damaged.
     """
     kept = _read(cached.path)
-    if kept is None or kept[1]["digest"] != cached.digest:
+    if kept is None or kept[1]["identity"] != cached.identity:
         raise ValueError(f"index {cached.path}: is not what was written; start again")
     return kept[0]
 
 
 def _pack(index: ImageIndex) -> tuple[dict[str, np.ndarray], str]:
-    header = {
+    """Return what is written, and the index's identity."""
+    header: dict[str, object] = {
         "version": VERSION,
         "root": str(index.root),
         "layout": index.layout,
@@ -128,11 +144,12 @@ def _pack(index: ImageIndex) -> tuple[dict[str, np.ndarray], str]:
         "sizes": np.asarray(index.sizes, np.int64),
         "shard_of": np.asarray(index.shard_of, np.int32),
         "offsets": np.asarray(index.offsets, np.int64),
-        "prints": np.asarray(index.prints, np.uint64),
     }
-    digest = _digest(arrays, header)
-    text = json.dumps(header | {"digest": digest}).encode()
-    return {**arrays, "header": np.frombuffer(text, np.uint8)}, digest
+    identity = _digest(arrays, header)
+    header["identity"] = identity
+    arrays["prints"] = np.asarray(index.prints, np.uint64)
+    text = json.dumps(header | {"digest": _digest(arrays, header)}).encode()
+    return {**arrays, "header": np.frombuffer(text, np.uint8)}, identity
 
 
 def _digest(arrays: Mapping[str, np.ndarray], header: Mapping[str, object]) -> str:
@@ -164,7 +181,7 @@ def _read(path: Path) -> tuple[ImageIndex, dict] | None:
         digest = header.pop("digest")
         if header["version"] != VERSION or _digest(arrays, header) != digest:
             return None
-        return _index(arrays, header), header | {"digest": digest}
+        return _index(arrays, header), header
     except DAMAGED:
         return None
 

@@ -48,7 +48,7 @@ def find_index(
     """Return a split's index; only rank 0 looks at the images, unless a node has its own disk.
 
     Collective. `folder` is where the index is kept, None for beside the images. `prints_s` are the
-    seconds that missing fingerprints may take.
+    seconds in which missing fingerprints are taken, those for finding the images included.
 
     Raises:
         ValueError, OSError: On every rank, if any cannot index the images.
@@ -103,8 +103,11 @@ def check_splits(train: ImageIndex, val: ImageIndex, world: World, *, copies: st
 def _copies(train: ImageIndex, val: ImageIndex) -> list[str]:
     """Return what is to be said of images that are there more than once."""
     lines = duplicates.find_twins(train, val)
-    if missing := sum(index.prints.count(duplicates.UNKNOWN) for index in (train, val)):
-        lines.append(f"{missing} images are not yet compared: the next start goes on with them")
+    if missing := duplicates.num_unknown(train) + duplicates.num_unknown(val):
+        lines.append(
+            f"{missing} images are not yet compared: the next start goes on with them, if the "
+            "index can be written"
+        )
     return lines
 
 

@@ -1,7 +1,9 @@
 """Datasets whose files are fine and which are wrong as a whole: copies of images, wrong labels."""
 
 import dataclasses
+import errno
 import itertools
+import math
 import os
 import shutil
 import tarfile
@@ -11,6 +13,7 @@ import pytest
 
 import assemble
 import duplicates
+import evaluate
 import index_cache
 import shared_index
 from duplicates import UNKNOWN, UNREADABLE, find_twins, fingerprints
@@ -28,6 +31,7 @@ from tests.test_layouts import (
     in_solution,
     in_xml,
 )
+from weight_sources import Source
 
 
 @pytest.fixture
@@ -119,7 +123,7 @@ def test_empty_and_missing_files_are_no_copies_of_each_other(root):
         image_of(root, "train", number).write_bytes(b"")
     index = index_images(root, "train")
     image_of(root, "train", 5).unlink()
-    prints = fingerprints(index, within_s=60)
+    prints = fingerprints(index, ends=math.inf)
     assert [image for image, value in enumerate(prints) if value == UNREADABLE] == [0, 1, 5]
     shutil.copy(image_of(root, "train", 6), image_of(root, "train", 5))
     assert find_twins(*indexed(root))[0].startswith("1 of 10 train images")
@@ -152,7 +156,7 @@ def test_a_changed_image_has_another_fingerprint(root):
 
 
 def test_what_there_was_no_time_for_is_done_at_the_next_start(root, monkeypatch):
-    whole = fingerprints(index_images(root, "train"), within_s=60)
+    whole = fingerprints(index_images(root, "train"), ends=math.inf)
     monkeypatch.setattr(duplicates, "CHUNK", 4)
     monkeypatch.setattr(duplicates, "THREADS", 1)
     clock = itertools.count()
@@ -163,6 +167,100 @@ def test_what_there_was_no_time_for_is_done_at_the_next_start(root, monkeypatch)
         done.append(11 - index.prints.count(UNKNOWN))
     assert done == [3, 6, 9, 11, 11, 11]
     assert index.prints == whole
+
+
+@pytest.mark.parametrize("is_passing", [True, False])
+def test_a_file_that_cannot_be_read_for_a_while_is_tried_again(root, monkeypatch, is_passing):
+    index = index_images(root, "train")
+
+    def fail(*_):
+        raise OSError(errno.ESTALE if is_passing else errno.EACCES, "said by the file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates.os, "pread", fail)
+        prints = fingerprints(index, ends=math.inf)
+    assert set(prints) == {UNKNOWN if is_passing else UNREADABLE}
+
+
+def test_an_interruption_loses_fingerprints_and_not_the_index(root, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(duplicates, "fingerprints", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        index_cache.refresh(root, "train", prints_s=60)
+    assert not index_cache.refresh(root, "train").is_new
+
+
+def test_finding_images_takes_its_time_from_that_for_fingerprints(root, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(duplicates.time, "monotonic", lambda: now[0])
+    real = index_cache.layouts.index_images
+
+    def slow(*where):
+        now[0] += 61
+        return real(*where)
+
+    monkeypatch.setattr(index_cache.layouts, "index_images", slow)
+    first = index_cache.load(index_cache.refresh(root, "train", prints_s=60))
+    assert duplicates.num_unknown(first) == 11
+    second = index_cache.load(index_cache.refresh(root, "train", prints_s=60))
+    assert duplicates.num_unknown(second) == 0
+
+
+def only_writable_in(monkeypatch, *folders):
+    real = index_cache._write
+
+    def write(path, arrays):
+        if path.parent not in folders:
+            raise PermissionError(errno.EROFS, "Read-only file system", str(path))
+        real(path, arrays)
+
+    monkeypatch.setattr(index_cache, "_write", write)
+
+
+def test_fingerprints_of_a_read_only_index_are_kept_at_home(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(index_cache, "HOME_FOLDER", tmp_path)
+    index_cache.refresh(root, "train")
+    only_writable_in(monkeypatch, tmp_path)
+    first = index_cache.refresh(root, "train", prints_s=60)
+    assert first.path.parent == tmp_path
+    monkeypatch.setattr(duplicates, "fingerprints", None)  # not called again
+    assert index_cache.refresh(root, "train", prints_s=60) == first
+
+
+def test_an_index_is_used_without_fingerprints_where_none_can_be_kept(root, monkeypatch, tmp_path):
+    shutil.copy(image_of(root, "val", 1), image_of(root, "val", 3))
+    monkeypatch.setattr(index_cache, "HOME_FOLDER", tmp_path)
+    val = index_cache.load(index_cache.refresh(root, "val", prints_s=60))
+    plain = index_cache.refresh(root, "train")
+    only_writable_in(monkeypatch)
+    monkeypatch.setattr(duplicates, "fingerprints", None)  # the time would be lost
+    kept = index_cache.refresh(root, "train", prints_s=60)
+    assert kept == plain._replace(is_new=False)
+    lines = shared_index._copies(index_cache.load(kept), val)
+    assert lines[0].startswith("1 of 7 val images are copies of others"), "of the split that has"
+    assert lines[1].startswith("11 images are not yet compared")
+
+
+def test_jobs_with_different_fingerprints_use_each_others_index(root):
+    first = index_cache.refresh(root, "train")
+    second = index_cache.refresh(root, "train", prints_s=60)
+    assert index_cache.is_kept(first)
+    assert len(index_cache.load(first).prints) == 11
+    raw = second.path.read_bytes()
+    prints = index_cache.load(second).prints.tobytes()
+    second.path.write_bytes(raw.replace(prints, prints[::-1]))
+    assert not index_cache.is_kept(second), "fingerprints are part of what is checked"
+
+
+def test_scores_take_no_fingerprints(small_run):
+    arguments = evaluate.parse(["nowhere", "dataset.duplicates=stop"])
+    with pytest.raises(ValueError, match=r"config dataset\.duplicates=stop: has no effect here"):
+        evaluate.check_used(arguments)
+    options = dataclasses.asdict(small_run("dataset.duplicates=stop"))
+    source = Source(content={}, config=options, origin="made here")
+    assert evaluate.restore(source, []).dataset.duplicates == "ignore"
 
 
 def test_a_part_of_a_dataset_keeps_its_fingerprints(root):
