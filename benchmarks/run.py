@@ -174,7 +174,7 @@ def run_parts(
     results: dict[str, dict] = {}
     faults: dict[str, str] = {}
     for part in parts:
-        budget_s = limit_s * part.seconds / total + saved_s
+        budget_s = max(0.0, limit_s * part.seconds / total + saved_s)
         out = folder / f"{part.name}.json"
         words = command(part, out=out, budget_s=budget_s, is_dry=is_dry, match=match)
         print(f"\n{part.name}, at most {budget_s:.0f} s: {' '.join(words[1:])}", flush=True)

@@ -185,7 +185,7 @@ sys.exit(int(sys.argv[3]))
 
 
 def test_a_part_past_its_time_is_ended_and_keeps_what_it_wrote(tmp_path, monkeypatch, capsys):
-    arguments = {"fine": ("0", "0"), "late": ("600", "0"), "wrong": ("0", "3")}
+    arguments = {"fine": ("0", "0"), "wrong": ("0", "3"), "late": ("600", "0")}
     parts = tuple(run.Part(name, name, 1) for name in arguments)
     monkeypatch.setitem(run.PARTS, "cpu", parts)
 
@@ -194,7 +194,7 @@ def test_a_part_past_its_time_is_ended_and_keeps_what_it_wrote(tmp_path, monkeyp
 
     monkeypatch.setattr(run, "command", command)
     out = tmp_path / "result.json"
-    assert run.main(["cpu", "--dry", "--limit-s", "3", "--out", str(out)]) == 2
+    assert run.main(["cpu", "--dry", "--limit-s", "9", "--out", str(out)]) == 2
     result = json.loads(out.read_text())
     assert set(result["parts"]) == set(arguments)
     assert result["commit"] == "abc"

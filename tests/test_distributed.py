@@ -31,9 +31,14 @@ def test_the_group_is_left_after_an_error(monkeypatch):
 
 
 def page_faults(keeps: bool) -> int:
-    """Faults of a fresh process that takes and frees 96 MiB, in the last of 12 times."""
+    """Faults of a fresh process that takes and frees 96 MiB, in the last of 12 times.
+
+    glibc hands all of it back at once here; by default that depends on what lies at the heap's end.
+    """
     script = f"""
-import resource, torch, distributed
+import ctypes, resource, torch, distributed
+mmap_threshold = -3
+ctypes.CDLL(None).mallopt(mmap_threshold, 2**17)
 if {keeps}: distributed.keep_freed_memory()
 for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -48,7 +53,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
 def test_freed_memory_is_kept_on_a_cpu():
-    assert page_faults(keeps=False) > 10_000
+    assert page_faults(keeps=False) > 20_000
     assert page_faults(keeps=True) < 100
 
 
