@@ -129,7 +129,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, instead of handing it back to the system.
 
     A training step frees and takes the same memory again. By default glibc returns what is free at
-    the end of the heap, and every page of it is faulted in anew: some 4 % of a step on a CPU. The
+    the end of the heap, and every page of it is faulted in anew, thousands in a step on a CPU. The
     size from which a block is mapped by itself is set to where glibc moves it, at most, 32 MiB.
     C libraries without `mallopt` (macOS, musl) are left as they are.
     """
