@@ -34,8 +34,8 @@ from augment import Normaliser, Transform
 from distributed import World
 from feed import Feed
 from image_index import ImageIndex, Split
+from image_order import Order
 from image_reader import ImageReader
-from imagenet_dataset import Batch, Order
 from mixing import Mixer
 from schema import Config
 from sharding import Shard
@@ -82,7 +82,7 @@ class Run:
         """Return the learning rate of update `step`, from 0."""
         o = self.config.optimizer
         if o.schedule_per_epoch:
-            epoch_steps = max(1, image_order(self).epoch_images // self.global_batch)
+            epoch_steps = max(1, order_of(self).epoch_images // self.global_batch)
             step = optim.step_of_epoch(step, epoch_steps=epoch_steps)
         return optim.lr_at(
             step,
@@ -294,7 +294,7 @@ def data_choices(run: Run) -> dict[str, object]:
     return {
         "global_batch": run.global_batch,
         "peak_lr": validation.peak_lr(run.config, run.global_batch),
-        "epoch_images": image_order(run).epoch_images,
+        "epoch_images": order_of(run).epoch_images,
         "train_images": len(run.train_index.paths),
         "val_images": len(run.val_index.paths),
         "layout": run.train_index.layout,
@@ -302,7 +302,7 @@ def data_choices(run: Run) -> dict[str, object]:
     }
 
 
-def image_order(run: Run) -> Order:
+def order_of(run: Run) -> Order:
     """Return in which order the run sees the training images."""
     train = run.config.dataset.train
     return Order(
@@ -313,7 +313,7 @@ def image_order(run: Run) -> Order:
     )
 
 
-def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
+def train_batches(run: Run, *, start_step: int) -> Iterator[imagenet_dataset.Batch]:
     """Yield this rank's microbatches from update `start_step` to the end of the run."""
     data, train = run.config.dataset, run.config.dataset.train
     transform = augment.train_transform(
@@ -337,7 +337,7 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
         transform=transform,
         timeout_s=data.timeout_s,
         is_reused=train.reprob == 0,  # normalising copies
-        order=image_order(run),
+        order=order_of(run),
         batch_size=train.batch_size,
         grad_accum_steps=run.config.training.grad_accum_steps,
         start_step=start_step,

@@ -18,7 +18,6 @@ from decoding import Box, Encoded, rgb, rgb_of_box
 
 Size = tuple[int, int]  # height, width
 ATTEMPTS = 10
-SCRATCH_BYTES = 3 << 20  # pixels of most photographs in ImageNet
 PIL_FILTERS = {
     InterpolationMode.NEAREST: Image.Resampling.NEAREST,
     InterpolationMode.LANCZOS: Image.Resampling.LANCZOS,
@@ -71,12 +70,10 @@ class RandomResizedCrop:
     def _take_memory(self) -> None:
         # Drawn into again and again: to make a tensor takes longer than to draw a number.
         self._real, self._whole = torch.empty(1), torch.empty(1, dtype=torch.int64)
-        # Memory just used is in the CPU's cache, new memory is not and may have to be handed out.
-        self._scratch, self._dense = bytearray(SCRATCH_BYTES), bytearray(SCRATCH_BYTES)
 
     def __getstate__(self) -> dict[str, object]:
         """Return the options: processes that draw must not share the memory they draw into."""
-        own = ("_real", "_whole", "_scratch", "_dense")
+        own = ("_real", "_whole")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -112,15 +109,6 @@ class RandomResizedCrop:
 
     def _pixels(self, source: Encoded | Image.Image, box: Box) -> np.ndarray:
         if isinstance(source, Encoded):
-            pixels_HWC = rgb_of_box(source, box, at_least=self.size, scratch=self._scratch)
-            return self._packed(pixels_HWC)
+            return rgb_of_box(source, box, at_least=self.size)
         top, left, height, width = box
         return np.array(source.crop((left, top, left + width, top + height)))
-
-    def _packed(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        """Return contiguous pixels, in memory that the next image takes if they fit."""
-        if pixels_HWC.size > SCRATCH_BYTES:
-            return np.ascontiguousarray(pixels_HWC)
-        packed = np.frombuffer(self._dense, np.uint8, pixels_HWC.size).reshape(pixels_HWC.shape)
-        np.copyto(packed, pixels_HWC)
-        return packed

@@ -2,75 +2,159 @@
 
     bytes -> read_header -> Encoded (size known, nothing decoded) -> rgb / rgb_of_box -> pixels_HWC
 
-JPEGs go through Pillow or simplejpeg, which give the same bits; whatever simplejpeg refuses, Pillow
-judges. Alpha and EXIF rotation are ignored. Not here: where bytes come from, resizing, torch.
+JPEGs go through Pillow or nvImageCodec, which give the same bits, as both have libjpeg-turbo;
+whatever nvImageCodec refuses, Pillow judges. Alpha and EXIF rotation are ignored. Not here: where
+bytes come from, resizing, torch.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
+import os
 import struct
+import tempfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 # RGB pixels of this many take 192 MB; a PNG of 9000 x 9000 can be a file of 236 kB.
 MAX_IMAGE_PIXELS = 64_000_000
-DECODERS = ("pillow", "simplejpeg")
+DECODERS = ("pillow", "nvimgcodec")
 SCALES = (8, 4, 2)  # libjpeg leaves out whole octaves of a block's frequencies
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8"
 END_OF_IMAGE = b"\xff\xd9"
-SEQUENTIAL, OTHER_FRAMES, START_OF_SCAN = (
-    (0xC0, 0xC1),
-    {*range(0xC2, 0xD0)} - {0xC4, 0xC8, 0xCC},
-    0xDA,
-)
-MARGIN_ROWS = 4  # chroma is interpolated from one of its own rows below, which is up to 4 of these
 SEARCHED_BYTES = 1024
 SHOWN_BYTES = 16
 # What Pillow raises on damaged files; SyntaxError is its word for a broken PNG chunk.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
+NVIMGCODEC = "nvidia.nvimgcodec"
+EXTENSIONS, VERBOSITY = "NVIMGCODEC_EXTENSIONS_PATH", "PYNVIMGCODEC_VERBOSITY"
+BITS = 8  # of a channel
+
+
 class UnreadableError(ValueError):
     """Bytes that are no image, or not one that is decoded here; the message is the reason."""
 
 
+class Stream(NamedTuple):
+    """What nvImageCodec knows of a file, and the size of its image."""
+
+    handle: Any
+    width: int
+    height: int
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """An image file's bytes with their header read: pixels are made when they are asked for."""
+    """An image file's bytes with their header read: pixels are made when they are asked for.
+
+    `stream` is what nvImageCodec made of them, None where Pillow decodes.
+    """
 
     data: bytes | bytearray
     width: int
     height: int
     is_scaled: bool = False
-    by_simplejpeg: bool = False
-    is_shortened: bool = False
+    stream: Stream | None = None
+
+
+class NvImageCodec:
+    """NVIDIA's nvImageCodec, of which only libjpeg-turbo on the CPU is used: it decodes a region.
+
+    Rows and columns beside a region go through entropy decoding alone.
+    """
+
+    def __init__(self) -> None:
+        codec = _import_without_gpu()
+        self._codec = codec
+        self._params = codec.DecodeParams(apply_exif_orientation=False)
+        self._decoder = codec.Decoder(
+            device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=1,  # the caller's: loaders have processes
+            backends=[codec.Backend(codec.CPU_ONLY)],
+        )
+
+    def stream(self, data: bytes | bytearray) -> Stream | None:
+        """Return the stream and size of a JPEG, None of what is none that it turns into RGB."""
+        # Of a file cut short it would complain on stderr, without a name.
+        if not data.startswith(JPEG_MAGIC) or END_OF_IMAGE not in data[-SEARCHED_BYTES:]:
+            return None
+        try:
+            handle = self._codec.CodeStream(np.frombuffer(data, np.uint8))
+            is_rgb = handle.num_channels in (1, 3) and handle.precision == BITS
+            return Stream(handle, handle.width, handle.height) if is_rgb else None
+        except RuntimeError:
+            return None
+
+    def pixels(self, stream: Stream, box: Box | None = None) -> np.ndarray | None:
+        """Decode the pixels of a box, None of a damaged file."""
+        handle = stream.handle
+        if box is not None:
+            top, left, height, width = box
+            region = self._codec.Region(start=(top, left), end=(top + height, left + width))
+            handle = handle.get_sub_code_stream(region=region)
+        image = self._decoder.decode(handle, params=self._params)
+        return None if image is None else np.asarray(image)
+
+
+def _import_without_gpu() -> ModuleType:
+    """Import nvImageCodec with the one extension that is used.
+
+    It would look for all others too, say on stderr, in every process, which libraries of CUDA they
+    miss, and try another decoder on damaged files, which takes what Pillow refuses.
+    """
+    spec = importlib.util.find_spec(NVIMGCODEC)
+    assert spec is not None, "pick_decoder has found it"
+    assert spec.submodule_search_locations is not None, "it is a package"
+    found = Path(spec.submodule_search_locations[0]).glob("extensions/libjpeg_turbo_ext.so*")
+    with tempfile.TemporaryDirectory() as folder:
+        for extension in found:
+            (Path(folder) / extension.name).symlink_to(extension)
+        kept = {name: os.environ.get(name) for name in (EXTENSIONS, VERBOSITY)}
+        os.environ.update({EXTENSIONS: folder, VERBOSITY: "0"})
+        try:
+            return importlib.import_module(NVIMGCODEC)
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@functools.cache
+def _nvimgcodec(_process: int) -> NvImageCodec:
+    return NvImageCodec()  # a forked process has its own
 
 
 def pick_decoder(name: str) -> tuple[str, str]:
-    """Return the decoder for `dataset.decoder=auto|pillow|simplejpeg` and why it was taken.
+    """Return the decoder for `dataset.decoder=auto|pillow|nvimgcodec` and why it was taken.
 
     Raises:
         ValueError: It is asked for by name and not installed.
     """
-    has_simplejpeg = importlib.util.find_spec("simplejpeg") is not None
-    if name == "simplejpeg" and not has_simplejpeg:
+    is_there = importlib.util.find_spec("nvidia") and importlib.util.find_spec(NVIMGCODEC)
+    if name == "nvimgcodec" and not is_there:
         raise ValueError(
-            "config dataset.decoder=simplejpeg: is not installed (pip install simplejpeg, or use "
-            "pillow, which gives the same pixels)"
+            "config dataset.decoder=nvimgcodec: is not installed (pip install "
+            "nvidia-nvimgcodec-cu13, or use pillow, which gives the same pixels)"
         )
     if name != "auto":
         return name, "asked for"
-    if has_simplejpeg:
-        return "simplejpeg", "auto: installed"
-    return "pillow", "auto: simplejpeg is not installed"
+    if is_there:
+        return "nvimgcodec", "auto: installed"
+    return "pillow", "auto: nvimgcodec is not installed"
 
 
 def read_header(
@@ -83,23 +167,12 @@ def read_header(
     """
     if not data:
         raise UnreadableError("empty")
-    found = _jpeg_size(data) if decoder == "simplejpeg" else None
-    width, height = found or _image_size(data)
+    found = _nvimgcodec(os.getpid()).stream(data) if decoder == "nvimgcodec" else None
+    width, height = found[1:] if found else _image_size(data)
     if width * height > MAX_IMAGE_PIXELS:  # known before a pixel is decoded
         raise UnreadableError(f"has {width}x{height} pixels, at most {MAX_IMAGE_PIXELS:,}")
     is_scaled = is_scaled and data.startswith(JPEG_MAGIC)
-    return Encoded(data, width, height, is_scaled, by_simplejpeg=found is not None)
-
-
-def _jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
-    """Return width and height of a JPEG that simplejpeg turns into RGB, None of any other."""
-    import simplejpeg  # noqa: PLC0415 - optional
-
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    return (width, height) if colors in ("YCbCr", "Gray", "RGB") else None
+    return Encoded(data, width, height, is_scaled, found)
 
 
 def _image_size(data: bytes | bytearray) -> tuple[int, int]:
@@ -126,15 +199,15 @@ def rgb(source: Encoded) -> np.ndarray:
     Raises:
         UnreadableError: The file is damaged.
     """
-    return _decode(source, scale=1)
+    if source.stream is not None:
+        pixels_HWC = _nvimgcodec(os.getpid()).pixels(source.stream)
+        if pixels_HWC is not None:
+            return pixels_HWC
+    return _decode_by_pillow(source.data)
 
 
-def rgb_of_box(
-    source: Encoded, box: Box, *, at_least: tuple[int, int], scratch: bytearray | None = None
-) -> np.ndarray:
+def rgb_of_box(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> np.ndarray:
     """Decode the pixels of a box; a scaled source as few of them as are `at_least` (h, w).
-
-    With `scratch` they may lie in it, where it is large enough, until it is used again.
 
     Shapes: box (top, left, height, width) of the full image -> uint8 [height', width', 3].
     Numerics: Without scaling these are the pixels of the whole image, bit for bit.
@@ -144,39 +217,13 @@ def rgb_of_box(
     """
     top, left, height, width = box
     scale = _scale(source, box, at_least=at_least)
-    shortened = without_rows_below(source, top + height, scale=scale)
-    pixels_HWC = _decode(shortened, scale=scale, scratch=scratch)
+    if source.stream is not None and scale == 1:
+        pixels_HWC = _nvimgcodec(os.getpid()).pixels(source.stream, box)
+        if pixels_HWC is not None:
+            return pixels_HWC
     rows = slice(top // scale, -(-(top + height) // scale))
     columns = slice(left // scale, -(-(left + width) // scale))
-    return pixels_HWC[rows, columns]
-
-
-def without_rows_below(source: Encoded, row: int, *, scale: int = 1) -> Encoded:
-    """Return a JPEG that says it ends soon after `row`, so that the rest is not decoded.
-
-    Rows lie one after the other in a sequential JPEG, so a smaller height in its header is all it
-    takes. Any other file is returned as it is.
-    """
-    height = row + MARGIN_ROWS * scale
-    place = _height_place(source.data) if height < source.height else None
-    # A decoder that stops early does not see a truncated end.
-    if place is None or END_OF_IMAGE not in source.data[-SEARCHED_BYTES:]:
-        return source
-    data = b"".join((source.data[:place], struct.pack(">H", height), source.data[place + 2 :]))
-    return replace(source, data=data, height=height, is_shortened=True)
-
-
-def _height_place(data: bytes | bytearray) -> int | None:
-    """Return where a sequential JPEG's header has its height, None in any other file."""
-    place = 2
-    while data[place : place + 1] == b"\xff" and place + 9 <= len(data):
-        marker, size = struct.unpack_from(">BH", data, place + 1)
-        if marker in SEQUENTIAL:
-            return place + 5 if data.startswith(JPEG_MAGIC) else None
-        if marker in OTHER_FRAMES or marker == START_OF_SCAN:
-            return None
-        place += 2 + size
-    return None
+    return _decode_by_pillow(source.data, scale=scale)[rows, columns]
 
 
 def _scale(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> int:
@@ -184,30 +231,10 @@ def _scale(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> int:
     return next(fits, 1) if source.is_scaled else 1
 
 
-def _decode(source: Encoded, *, scale: int, scratch: bytearray | None = None) -> np.ndarray:
-    if source.by_simplejpeg:
-        import simplejpeg  # noqa: PLC0415 - optional
-
-        size = -(-source.height // scale), -(-source.width // scale)
-        fits = scratch is not None and len(scratch) >= 3 * size[0] * size[1]
-        try:
-            return simplejpeg.decode_jpeg(
-                source.data,
-                min_height=size[0],
-                min_width=size[1],
-                min_factor=scale,
-                buffer=scratch if fits else None,
-                strict=not source.is_shortened,  # it would stumble over the rows left out
-            )
-        except ValueError:  # also of files that are only odd: Pillow, which is lenient, decides
-            return _decode_by_pillow(source.data, scale=scale)
-    return _decode_by_pillow(source.data, scale=scale)
-
-
-def _decode_by_pillow(data: bytes | bytearray, *, scale: int) -> np.ndarray:
+def _decode_by_pillow(data: bytes | bytearray, *, scale: int = 1) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            if scale > 1:
+            if scale > 1:  # nvImageCodec has no scaled decode
                 image.draft("RGB", (image.width // scale, image.height // scale))
             if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, convert would clip
                 grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

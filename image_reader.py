@@ -56,7 +56,7 @@ class ImageReader:
             raise UnreadableError(f"{what} ({len(data):,} of {self.index.sizes[image]:,} bytes)")
         return read_header(data, decoder=self.decoder, is_scaled=self.is_scaled)
 
-    def _read_patiently(self, image: int) -> bytearray:
+    def _read_patiently(self, image: int) -> bytes:
         for wait_s in RETRY_AFTER_S:
             try:
                 return self._read(image)
@@ -67,16 +67,16 @@ class ImageReader:
             time.sleep(wait_s)
         return self._read(image)
 
-    def _read(self, image: int) -> bytearray:
+    def _read(self, image: int) -> bytes:
         if self.index.sizes[image] > MAX_IMAGE_BYTES:
             raise UnreadableError(f"has more than {MAX_IMAGE_BYTES:,} bytes")
         if self.index.shards:
             file = self._shard(self.index.shard_of[image])
-            return _read_at(file, self.index.sizes[image], self.index.offsets[image])
+            return os.pread(file, self.index.sizes[image], self.index.offsets[image])
         file = os.open(f"{self.index.root}/{self.index.paths[image]}", os.O_RDONLY)
         try:
             # One byte more than indexed: a file that has grown is noticed, and not read whole.
-            return _read_at(file, self.index.sizes[image] + 1, 0)
+            return os.pread(file, self.index.sizes[image] + 1, 0)
         finally:
             os.close(file)
 
@@ -92,13 +92,6 @@ class ImageReader:
     def _close(self, image: int) -> None:
         if self.index.shards and self.index.shard_of[image] in self._open:
             os.close(self._open.pop(self.index.shard_of[image]))
-
-
-def _read_at(file: int, count: int, offset: int) -> bytearray:
-    """Return so many bytes, or fewer at the end, in half the time of os.read."""
-    data = bytearray(count)
-    del data[os.preadv(file, [data], offset) :]
-    return data
 
 
 def describe(index: ImageIndex, image: int, reason: str) -> str:

@@ -6,7 +6,6 @@ Order and augmentation are pure functions of (seed, epoch, image), not of RNG st
 Not here: transforms, collectives (rank and world arrive as values), mixup, the device.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,14 +19,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_wor
 
 from augment import CropAndFlip, Transform, drawing_from
 from decoding import Encoded, UnreadableError
+from image_order import MicrobatchSampler, Order, epoch_permutation
 from image_reader import ImageReader, describe
 from seeds import stable_seed
 
 NOT_COUNTED = -1  # label of an image that only fills up a validation batch
-READ_AHEAD = 16  # images of a batch: while the code to read and draw is in the CPU's cache
+READ_AHEAD = 64  # images of a batch: while the code to read and draw is in the CPU's cache
 PREFETCHED = 2  # batches that a worker makes ahead
 REPLACEMENTS = 8  # tried for an image that cannot be read
-REPEATED_UNIT = 256  # an epoch of repeated augmentation is cut to a multiple of this many images
 
 
 class BadImage(NamedTuple):
@@ -58,78 +57,14 @@ class Batch(NamedTuple):
     position_B: Tensor
     bad: tuple[BadImage, ...] = ()
 
-
-def epoch_permutation(num_images: int, *, seed: int, epoch: int) -> Tensor:
-    """Order of the images in one epoch, as int64 image numbers."""
-    generator = torch.Generator().manual_seed(stable_seed(seed, "order", epoch))
-    return torch.randperm(num_images, generator=generator)
-
-
-def step_positions(
-    step: int, *, microbatch: int, rank: int, world: int, batch: int, accum: int
-) -> range:
-    """Stream positions of one microbatch of one rank; a step covers the same ones at any world."""
-    first = ((step * accum + microbatch) * world + rank) * batch
-    return range(first, first + batch)
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """Send labels and positions by value: a tensor in shared memory takes a handshake each."""
+        numbers = self.label_B.tolist(), self.position_B.tolist()
+        return _batch, (self.image_BCHW, *numbers, self.bad)
 
 
-class Place(NamedTuple):
-    """Where a position of the stream is: the epoch, the place in its order, the repeat."""
-
-    epoch: int
-    place: int
-    repeat: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """How positions of the endless stream follow the epochs' permutations of the images.
-
-    With one repeat the stream is one permutation after the other. Repeated augmentation takes each
-    image `repeats` times in a row, in an epoch of n // 256 * 256 positions for n images, less what
-    does not fill an update: so many images as without it, a third of them different.
-
-    DeiT deals that list out to its ranks in turn, so the repeats of an image are on different
-    ranks, mixed with different partners. Here it is dealt out in turn to the microbatches of an
-    update (`step_images` positions, `batch` a microbatch of one rank). That is the same where each
-    rank has one microbatch, and depends on no number of ranks: an update always has the same
-    images, and a microbatch too where a rank's batch stays as it is.
-
-    Source: arXiv:1902.05509, section 3.2; DeiT (arXiv:2012.12877), section 6, and its RASampler.
-    """
-
-    num_images: int
-    repeats: int = 1
-    batch: int = 1
-    step_images: int = 1
-
-    @property
-    def epoch_images(self) -> int:
-        """Positions of an epoch."""
-        if self.repeats == 1:
-            return self.num_images
-        return (
-            self.num_images // REPEATED_UNIT * REPEATED_UNIT // self.step_images * self.step_images
-        )
-
-    def __post_init__(self) -> None:
-        """Refuse repeats of fewer images than an update has."""
-        if self.epoch_images == 0:
-            raise ValueError(
-                f"config dataset.train.repeats={self.repeats}: an update of {self.step_images} "
-                f"images needs as many, in multiples of {REPEATED_UNIT}, and there are "
-                f"{self.num_images} (1: no repeats)"
-            )
-
-    def place(self, position: int) -> Place:
-        """Return where `position` is."""
-        epoch, within = divmod(position, self.epoch_images)
-        if self.repeats == 1:
-            return Place(epoch, within, 0)
-        step, slot = divmod(within, self.step_images)
-        group, turn = divmod(slot, self.batch)
-        dealt = step * self.step_images + turn * (self.step_images // self.batch) + group
-        return Place(epoch, *divmod(dealt, self.repeats))
+def _batch(image_BCHW: Tensor, label: list[int], position: list[int], bad: tuple) -> Batch:
+    return Batch(image_BCHW, torch.tensor(label), torch.tensor(position), bad)
 
 
 class Images(Dataset[Sample]):
@@ -243,23 +178,6 @@ class ValImages(Images):
         return Sample(self.transform(Image.new("RGB", (1, 1))), NOT_COUNTED, position, (bad,))
 
 
-class MicrobatchSampler(Sampler[list[int]]):
-    """Positions of one rank's microbatches, numbered through the whole run, made when asked for."""
-
-    def __init__(self, numbers: range, *, rank: int, world: int, batch: int) -> None:
-        self.numbers = numbers
-        # Without accumulation a step is one microbatch, so a microbatch's number does for a step.
-        self.positions_of = partial(
-            step_positions, microbatch=0, rank=rank, world=world, batch=batch, accum=1
-        )
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(self.positions_of(number)) for number in self.numbers)
-
-
 class Collate:
     """Makes samples one after the other and lays them into one Batch, in their memory format.
 
@@ -285,7 +203,7 @@ class Collate:
             labels.append(sample.label)
             positions.append(sample.position)
             bad.extend(sample.bad)
-        return Batch(image_BCHW, torch.tensor(labels), torch.tensor(positions), tuple(bad))
+        return _batch(image_BCHW, labels, positions, tuple(bad))
 
     def _images(self, count: int, like_CHW: Tensor) -> Tensor:
         size = count * like_CHW.nbytes

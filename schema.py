@@ -97,8 +97,8 @@ class DatasetOptions:
     )
     decoder: str = option(
         "auto",
-        "of JPEGs, with equal pixels; auto: simplejpeg where installed, and logs it",
-        choices=("auto", "pillow", "simplejpeg"),
+        "of JPEGs, with equal pixels; auto: nvimgcodec where installed, and logs it",
+        choices=("auto", "pillow", "nvimgcodec"),
     )
     on_error: str = option(
         "stop", "what an unreadable image does; skip: another one", choices=("stop", "skip")

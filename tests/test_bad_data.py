@@ -23,12 +23,14 @@ import tar_shards
 from augment import Normaliser, drawing_from, train_transform, val_transform
 from decoding import UnreadableError, pick_decoder, read_header, rgb, rgb_of_box
 from feed import Feed, Tolerance
+from image_order import epoch_permutation
 from image_reader import ImageReader, describe
-from imagenet_dataset import NOT_COUNTED, epoch_permutation, train_loader, val_loader
+from imagenet_dataset import NOT_COUNTED, train_loader, val_loader
 from layouts import index_images
 from seeds import stable_seed
 from tests.images import folder_dataset, write_image
 
+ROOT = Path(__file__).parents[1]
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 PLAIN = val_transform(img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=ZERO, std=ONE)
 
@@ -100,11 +102,16 @@ USABLE = {
 }
 
 
-@pytest.fixture(params=["pillow", "simplejpeg"])
+def nvimgcodec():
+    """The decoder's name, where it is installed; imported by pytest it would not be set up."""
+    if pick_decoder("auto")[0] == "pillow":
+        pytest.skip("nvImageCodec is not installed")
+    return "nvimgcodec"
+
+
+@pytest.fixture(params=["pillow", "nvimgcodec"])
 def decoder(request):
-    if request.param == "simplejpeg":
-        pytest.importorskip("simplejpeg")
-    return request.param
+    return request.param if request.param == "pillow" else nvimgcodec()
 
 
 @pytest.fixture
@@ -155,24 +162,87 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_decoding_no_further_than_the_crop_changes_no_pixel(decoder, options):
-    for size in ((130, 97), (63, 64), (17, 200)):
-        source = read_header(jpeg(size=size, **options), decoder=decoder)
+def test_a_crop_has_the_pixels_of_the_whole(decoder, options):
+    rng = np.random.default_rng(0)
+    for width, height in ((130, 97), (63, 64), (17, 200), (1, 1)):
+        source = read_header(jpeg(size=(width, height), **options), decoder=decoder)
         whole = rgb(source)
-        for bottom in range(1, size[1] + 1, 7):
-            box = (bottom // 2, 3, bottom - bottom // 2, 9)
+        for _ in range(20):
+            bottom, right = rng.integers(1, height + 1), rng.integers(1, width + 1)
+            top, left = rng.integers(0, bottom), rng.integers(0, right)
+            box = tuple(int(value) for value in (top, left, bottom - top, right - left))
             found = rgb_of_box(source, box, at_least=(1, 1))
-            assert (found == whole[box[0] : bottom, 3:12]).all(), (size, bottom)
+            assert (found == whole[top:bottom, left:right]).all(), (width, height, box)
 
 
-def test_scaled_decoding_no_further_than_the_crop_changes_no_pixel(decoder):
-    source = read_header(jpeg(size=(161, 200)), decoder=decoder, is_scaled=True)
-    for scale in (2, 4, 8):
-        whole = rgb_of_box(source, (0, 0, 200, 161), at_least=(200 // scale, 161 // scale))
-        for bottom in range(8, 180, 11):
-            at_least = (bottom // scale, 161 // scale)
-            found = rgb_of_box(source, (0, 0, bottom, 161), at_least=at_least)
-            assert (found == whole[: len(found)]).all(), (scale, bottom)
+def damaged(content, rng):
+    """Bytes changed, overwritten or left out after the first hundred."""
+    content = bytearray(content)
+    place, count = int(rng.integers(100, len(content) - 2)), int(rng.integers(1, 200))
+    kind = rng.integers(3)
+    if kind == 0:
+        content[place] ^= int(rng.integers(1, 256))
+    elif kind == 1:
+        noise = rng.integers(0, 256, count, dtype=np.uint8).tobytes()
+        content[place : place + count] = noise[: len(content) - place]
+    else:
+        del content[place : place + count]
+    return bytes(content)
+
+
+def pixels_or_none(content, decoder, box=None):
+    try:
+        source = read_header(content, decoder=decoder)
+        return rgb(source) if box is None else rgb_of_box(source, box, at_least=(1, 1))
+    except UnreadableError:
+        return None
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_decoders_judge_damage_alike(options):
+    nvimgcodec()
+    rng, content, box = np.random.default_rng(0), jpeg(size=(130, 97), **options), (20, 30, 40, 50)
+    refused = 0
+    for _ in range(100):
+        bad = damaged(content, rng)
+        wanted, found = (pixels_or_none(bad, name) for name in ("pillow", "nvimgcodec"))
+        assert (wanted is None) == (found is None)
+        refused += wanted is None
+        assert wanted is None or (found == wanted).all()
+        cut = pixels_or_none(bad, "nvimgcodec", box)
+        if wanted is not None and wanted.shape == (97, 130, 3) and not options.get("progressive"):
+            assert (cut == wanted[20:60, 30:80]).all()
+    assert 0 < refused < 100
+
+
+ALONE = """
+import os, sys
+from decoding import read_header, rgb
+before = dict(os.environ)
+print(rgb(read_header(open(sys.argv[1], "rb").read(), decoder="nvimgcodec")).shape)
+assert dict(os.environ) == before
+"""
+
+
+@pytest.mark.parametrize("debug", ["", "files"])
+def test_nvimgcodec_is_quiet_and_leaves_cuda_alone(tmp_path, debug):
+    nvimgcodec()
+    (tmp_path / "a.jpg").write_bytes(jpeg(size=(30, 20)))
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "a.jpg"],
+        cwd=ROOT,
+        env=os.environ | {"LD_DEBUG": debug},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith("(20, 30, 3)\n")
+    if debug:  # what is loaded, or looked for: a forked worker must not touch CUDA
+        assert "libjpeg_turbo_ext" in done.stderr
+        assert "libcuda" not in done.stderr
+        assert "libnvjpeg" not in done.stderr
+    else:
+        assert not done.stderr
 
 
 def test_scaled_decoding_is_near_a_smaller_image(decoder):
@@ -189,25 +259,11 @@ def test_scaled_decoding_is_near_a_smaller_image(decoder):
     assert rgb_of_box(source, (0, 0, 60, 80), at_least=(30, 41)).shape == (60, 80, 3)
 
 
-def test_decoders_scale_alike():
-    pytest.importorskip("simplejpeg")
-    for size in ((161, 121), (160, 120), (97, 203)):
-        found = [
-            rgb_of_box(
-                read_header(jpeg(size=size), decoder=name, is_scaled=True),
-                (5, 3, size[1] - 9, size[0] - 5),
-                at_least=(20, 20),
-            )
-            for name in ("pillow", "simplejpeg")
-        ]
-        assert (found[0] == found[1]).all()
-
-
 def test_a_decoder_that_is_not_installed_is_an_error_or_not_picked(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert pick_decoder("auto")[0] == "pillow"
-    with pytest.raises(ValueError, match=r"decoder=simplejpeg: is not installed \(pip install"):
-        pick_decoder("simplejpeg")
+    with pytest.raises(ValueError, match=r"decoder=nvimgcodec: is not installed \(pip install"):
+        pick_decoder("nvimgcodec")
 
 
 MEASURE = """

@@ -17,13 +17,11 @@ from augment import SPARE, Normaliser, ReusedMemory, train_transform, val_transf
 from cropping import RandomResizedCrop, resize
 from decoding import read_header, rgb
 from feed import Feed, Tolerance
+from image_order import Order, epoch_permutation, step_positions
 from image_reader import ImageReader, decode_rgb
 from imagenet_dataset import (
     NOT_COUNTED,
-    Order,
     TrainImages,
-    epoch_permutation,
-    step_positions,
     train_loader,
     val_loader,
 )

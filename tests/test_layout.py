@@ -50,6 +50,7 @@ LEVELS = {
     "routers": 1,
     "compose": 2,
     "layers": 1,
+    "image_order": 1,
     "imagenet_dataset": 3,
     "feed": 4,
     "shared_index": 5,
@@ -94,9 +95,9 @@ SEAMS = {
     "omegaconf": "compose",
     "wandb": "logbook",
     "pyarrow": "arrow_files",
-    "simplejpeg": "decoding",
+    "nvidia": "decoding",
 }
-READS_ENVIRONMENT = ("distributed", "train")
+READS_ENVIRONMENT = ("distributed", "train", "decoding")  # the last sets what a library reads
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES = 400, 60, 14
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))

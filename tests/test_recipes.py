@@ -15,8 +15,9 @@ import losses
 import optim
 import train
 import validation
+from image_order import Order, step_positions
 from image_reader import ImageReader
-from imagenet_dataset import Order, TrainImages, step_positions, train_loader
+from imagenet_dataset import TrainImages, train_loader
 from layouts import index_images
 from tests.images import folder_dataset
 

@@ -17,7 +17,7 @@ import schema
 import train
 from distributed import World
 from image_index import select
-from imagenet_dataset import epoch_permutation, step_positions
+from image_order import epoch_permutation, step_positions
 from layouts import index_images
 from tests.images import folder_dataset
 from tests.test_bad_data import put
