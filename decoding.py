@@ -41,7 +41,7 @@ SHOWN_BYTES = 16
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
-NVIMGCODEC = "nvidia.nvimgcodec"
+NVIMGCODEC, LIBJPEG_TURBO = "nvidia.nvimgcodec", "extensions/libjpeg_turbo_ext.so*"
 EXTENSIONS, VERBOSITY = "NVIMGCODEC_EXTENSIONS_PATH", "PYNVIMGCODEC_VERBOSITY"
 BITS = 8  # of a channel
 
@@ -118,12 +118,12 @@ def _import_without_gpu() -> ModuleType:
     miss, and try another decoder on damaged files, which takes what Pillow refuses.
     """
     spec = importlib.util.find_spec(NVIMGCODEC)
-    assert spec is not None, "pick_decoder has found it"
-    assert spec.submodule_search_locations is not None, "it is a package"
-    found = Path(spec.submodule_search_locations[0]).glob("extensions/libjpeg_turbo_ext.so*")
+    folders = spec.submodule_search_locations if spec else None
+    found = [path for folder in folders or () for path in Path(folder).glob(LIBJPEG_TURBO)]
+    if not found:
+        raise ImportError(f"{NVIMGCODEC} is not installed, or has no {LIBJPEG_TURBO}")
     with tempfile.TemporaryDirectory() as folder:
-        for extension in found:
-            (Path(folder) / extension.name).symlink_to(extension)
+        (Path(folder) / found[0].name).symlink_to(found[0])
         kept = {name: os.environ.get(name) for name in (EXTENSIONS, VERBOSITY)}
         os.environ.update({EXTENSIONS: folder, VERBOSITY: "0"})
         try:
@@ -142,19 +142,20 @@ def pick_decoder(name: str) -> tuple[str, str]:
     """Return the decoder for `dataset.decoder=auto|pillow|nvimgcodec` and why it was taken.
 
     Raises:
-        ValueError: It is asked for by name and not installed.
+        ValueError: It is asked for by name and not there.
     """
-    is_there = importlib.util.find_spec("nvidia") and importlib.util.find_spec(NVIMGCODEC)
-    if name == "nvimgcodec" and not is_there:
-        raise ValueError(
-            "config dataset.decoder=nvimgcodec: is not installed (pip install "
-            "nvidia-nvimgcodec-cu13, or use pillow, which gives the same pixels)"
-        )
-    if name != "auto":
+    if name == "pillow":
         return name, "asked for"
-    if is_there:
-        return "nvimgcodec", "auto: installed"
-    return "pillow", "auto: nvimgcodec is not installed"
+    try:
+        _nvimgcodec(os.getpid())
+    except (ImportError, RuntimeError) as err:
+        if name == "auto":
+            return "pillow", f"auto: no nvimgcodec ({err})"
+        raise ValueError(
+            f"config dataset.decoder={name}: cannot be loaded: {err} (pip install "
+            "nvidia-nvimgcodec-cu13, or use pillow, which gives the same pixels)"
+        ) from err
+    return "nvimgcodec", "auto: installed" if name == "auto" else "asked for"
 
 
 def read_header(

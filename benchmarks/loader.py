@@ -4,9 +4,9 @@
 
 Both crop at random to 224 x 224 (bilinear), flip and normalise, in batches of 64 float32 images, by
 as many worker processes; rounds alternate forwards and backwards. A pass takes each image --epochs
-times: at its end one worker waits for the other, which is not what is to be timed. Before anything
-is, both are shown the same crop of every file and must agree within the difference of their
-resizing.
+times; by the wall clock only its middle counts, from the 8th batch to the 8th from the end, where
+no worker waits for another, as in a long epoch. Before anything is timed, both are shown the same
+crop of every file and must agree within the difference of their resizing.
 Rows:
   torchvision            ImageFolder + DataLoader as its tutorials have it, Pillow
   moevit, <decoder>      Feed over train_loader; "tar": the same images in shards
@@ -28,13 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -55,7 +56,14 @@ SIZE, QUALITY, CLASSES, BATCH, CROP = (500, 375), 90, 10, 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OCTAVES = {4: 60, 16: 40, 64: 30, 250: 14}  # cells across -> amplitude, about as in photographs
 GRAIN = 13  # levels of noise: with it a file has 100 kB, about as in ImageNet (110 kB)
-Loader = Iterable[Sequence[Tensor]]
+EDGE = 8  # batches at both ends of a pass that are not timed
+
+
+class Timing(NamedTuple):
+    """Milliseconds per image."""
+
+    wall_ms: float
+    cpu_ms: float
 
 
 def picture(seed: int) -> Image.Image:
@@ -184,34 +192,44 @@ def workers_cpu_s(iterator: object) -> float:
     return total
 
 
-def timed(loader: Loader, workers_of: Callable[[], object]) -> tuple[float, float, int]:
-    """Return seconds by the wall clock, CPU seconds and images of one pass."""
-    start, used = time.perf_counter(), cpu_s() + workers_cpu_s(workers_of())
-    count = sum(len(batch[0]) for batch in loader)
-    return time.perf_counter() - start, cpu_s() + workers_cpu_s(workers_of()) - used, count
+def timed(loader: DataLoader | Feed) -> Timing:
+    """Time one pass: all of it by the CPU's clock, its middle by the wall's."""
+    inner = loader.loader if isinstance(loader, Feed) else loader
+    used = cpu_s() + workers_cpu_s(inner._iterator)
+    moments, count = [time.perf_counter()], 0
+    for batch in loader:
+        moments.append(time.perf_counter())
+        count += len(batch[0])
+    used = cpu_s() + workers_cpu_s(inner._iterator) - used
+    edge = min(EDGE, len(moments) // 4)
+    middle = moments[edge : len(moments) - edge]
+    wall_s = (middle[-1] - middle[0]) / (len(middle) - 1) / BATCH
+    return Timing(1000 * wall_s, 1000 * used / count)
 
 
-def decode_all(files: list[bytes], decoder: str) -> Callable[[], tuple[float, float, int]]:
+def decode_all(files: list[bytes], decoder: str) -> Callable[[], Timing]:
     """Return a run that decodes every pixel of every file in this process."""
 
-    def run() -> tuple[float, float, int]:
+    def run() -> Timing:
         start, used = time.perf_counter(), time.process_time()
         for data in files:
             rgb(read_header(data, decoder=decoder))
-        return time.perf_counter() - start, time.process_time() - used, len(files)
+        wall_s, used = time.perf_counter() - start, time.process_time() - used
+        return Timing(1000 * wall_s / len(files), 1000 * used / len(files))
 
     return run
 
 
-def decode_all_by_torchvision(files: list[bytes]) -> Callable[[], tuple[float, float, int]]:
+def decode_all_by_torchvision(files: list[bytes]) -> Callable[[], Timing]:
     """Return the same with torchvision's own decoder, for comparison."""
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
 
-    def run() -> tuple[float, float, int]:
+    def run() -> Timing:
         start, used = time.perf_counter(), time.process_time()
         for data in encoded:
             decode_jpeg(data, mode=ImageReadMode.RGB)
-        return time.perf_counter() - start, time.process_time() - used, len(files)
+        wall_s, used = time.perf_counter() - start, time.process_time() - used
+        return Timing(1000 * wall_s / len(files), 1000 * used / len(files))
 
     return run
 
@@ -250,7 +268,7 @@ def scaled_gain(decoder: str, *, repeats: int = 30) -> dict[str, object]:
     }
 
 
-def build(root: Path, shards: Path, *, workers: int, steps: int) -> dict[str, Callable]:
+def build(root: Path, shards: Path, *, workers: int, steps: int) -> dict[str, Callable[[], Timing]]:
     """Return the timed run of each row."""
     best = pick_decoder("auto")[0]
     decoders = sorted({best, "pillow"})
@@ -258,10 +276,9 @@ def build(root: Path, shards: Path, *, workers: int, steps: int) -> dict[str, Ca
     for decoder in decoders:
         loaders[f"moevit, {decoder}"] = ours(root, workers, decoder=decoder, steps=steps)
     loaders[f"moevit, {best}, tar"] = ours(shards, workers, decoder=best, steps=steps)
-    runs: dict[str, Callable] = {}
+    runs: dict[str, Callable[[], Timing]] = {}
     for name, loader in loaders.items():
-        inner = loader.loader if isinstance(loader, Feed) else loader
-        runs[name] = lambda loader=loader, inner=inner: timed(loader, lambda: inner._iterator)
+        runs[name] = partial(timed, loader)
     paths = sorted((root / "train").rglob("*.JPEG"))
     files = [path.read_bytes() for path in paths]
     for decoder in decoders:
@@ -270,18 +287,18 @@ def build(root: Path, shards: Path, *, workers: int, steps: int) -> dict[str, Ca
     return runs
 
 
-def measure(runs: dict[str, Callable], *, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Return (wall ms, CPU ms) per image of each run and round; one round warms up."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+def measure(runs: dict[str, Callable[[], Timing]], *, rounds: int) -> dict[str, list[Timing]]:
+    """Return the times of each run and round; one round warms up."""
+    found: dict[str, list[Timing]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name in list(runs) if number % 2 else list(reversed(runs)):
-            wall_s, used_s, count = runs[name]()
+            timing = runs[name]()
             if number:
-                found[name].append((1000 * wall_s / count, 1000 * used_s / count))
+                found[name].append(timing)
     return found
 
 
-def summarise(found: dict[str, list[tuple[float, float]]], *, workers: int) -> list[common.Row]:
+def summarise(found: dict[str, list[Timing]], *, workers: int) -> list[common.Row]:
     """Return a row per loader: medians, and ratios within a round."""
     rows: list[common.Row] = []
     rival_ms = found["torchvision"]
@@ -303,7 +320,7 @@ def summarise(found: dict[str, list[tuple[float, float]]], *, workers: int) -> l
     return rows
 
 
-def _ratio(theirs: list[tuple[float, float]], ours: list[tuple[float, float]], clock: int) -> float:
+def _ratio(theirs: list[Timing], ours: list[Timing], clock: int) -> float:
     pairs = zip(theirs, ours, strict=True)
     return round(statistics.median(a[clock] / b[clock] for a, b in pairs), 3)
 

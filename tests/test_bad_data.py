@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import assemble
+import decoding
 import image_reader
 import tar_shards
 from augment import Normaliser, drawing_from, train_transform, val_transform
@@ -259,11 +260,22 @@ def test_scaled_decoding_is_near_a_smaller_image(decoder):
     assert rgb_of_box(source, (0, 0, 60, 80), at_least=(30, 41)).shape == (60, 80, 3)
 
 
-def test_a_decoder_that_is_not_installed_is_an_error_or_not_picked(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert pick_decoder("auto")[0] == "pillow"
-    with pytest.raises(ValueError, match=r"decoder=nvimgcodec: is not installed \(pip install"):
+@pytest.mark.parametrize("error", [ImportError("No module"), RuntimeError("no libjpeg")])
+def test_a_decoder_that_does_not_load_is_an_error_or_not_picked(monkeypatch, error):
+    def fail(_process):
+        raise error
+
+    monkeypatch.setattr("decoding._nvimgcodec", fail)
+    assert pick_decoder("auto") == ("pillow", f"auto: no nvimgcodec ({error})")
+    assert pick_decoder("pillow") == ("pillow", "asked for")
+    with pytest.raises(ValueError, match=rf"decoder=nvimgcodec: .* {error} \(pip install nvidia"):
         pick_decoder("nvimgcodec")
+
+
+def test_a_decoder_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ImportError, match=r"nvidia.nvimgcodec is not installed"):
+        decoding.NvImageCodec()
 
 
 MEASURE = """
