@@ -9,15 +9,13 @@ worker that dies or hangs stops the run.
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from augment import Normaliser
-from imagenet_dataset import PREFETCHED, BadImage, Batch
+from imagenet_dataset import BadImage, Batch
 
 Gather = Callable[[list[BadImage]], list[BadImage]]
 AGREE_EVERY = 32  # batches between two counts over all ranks
@@ -100,8 +98,6 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
-        # While they live, torch maps a worker's buffers once and not again for every batch.
-        mapped: deque[Tensor] = deque(maxlen=self.loader.num_workers * (PREFETCHED + 2))
         assert self.loader.batch_sampler is not None, "imagenet_dataset makes them"
         for number, positions in enumerate(self.loader.batch_sampler):
             try:
@@ -110,7 +106,6 @@ class Feed:
                 if not str(error).startswith(LOADER):
                     raise
                 raise self._loss(error, number, positions) from error
-            mapped.append(batch.image_BCHW)
             self.tolerance.note(batch.bad)
             if (number + 1) % AGREE_EVERY == 0 or number + 1 == len(self):
                 self.tolerance.agree()

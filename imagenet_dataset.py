@@ -6,7 +6,10 @@ Order and augmentation are pure functions of (seed, epoch, image), not of RNG st
 Not here: transforms, collectives (rank and world arrive as values), mixup, the device.
 """
 
+import math
 import os
+import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -57,14 +60,69 @@ class Batch(NamedTuple):
     position_B: Tensor
     bad: tuple[BadImage, ...] = ()
 
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        """Send labels and positions by value: a tensor in shared memory takes a handshake each."""
-        numbers = self.label_B.tolist(), self.position_B.tolist()
-        return _batch, (self.image_BCHW, *numbers, self.bad)
+
+class Slot(NamedTuple):
+    """Where the images of a batch lie in shared memory."""
+
+    memory: str
+    number: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def _batch(image_BCHW: Tensor, label: list[int], position: list[int], bad: tuple) -> Batch:
-    return Batch(image_BCHW, torch.tensor(label), torch.tensor(position), bad)
+class Parcel(NamedTuple):
+    """A batch as a worker sends it, by value where it can: each tensor would take a handshake.
+
+    What the main process gets is the Batch.
+    """
+
+    images: Slot | Tensor
+    labels: list[int]
+    positions: list[int]
+    bad: tuple[BadImage, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple]:
+        """Pickle as what makes the Batch."""
+        return _unpacked, tuple(self)
+
+
+def _unpacked(
+    images: Slot | Tensor, labels: list[int], positions: list[int], bad: tuple[BadImage, ...]
+) -> Batch:
+    if isinstance(images, Slot):
+        buffer = _shared[images.memory].buffers[images.number]
+        images = _laid(buffer, images.shape, images.strides, images.dtype)
+    return Batch(images, torch.tensor(labels), torch.tensor(positions), bad)
+
+
+def _laid(
+    buffer: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    return buffer[:size].view(dtype).as_strided(shape, strides)
+
+
+class SharedMemory:
+    """Buffers of one batch each for every worker, made before there are workers.
+
+    A batch may be asked for again, be made and wait, or be in the hands of the consumer, who copies
+    it before asking for the next: so many buffers each worker has.
+    """
+
+    EACH = PREFETCHED + 2
+
+    def __init__(self, batch_bytes: int, *, workers: int) -> None:
+        self.name = uuid.uuid4().hex
+        self.buffers = [
+            torch.empty(batch_bytes, dtype=torch.uint8).share_memory_()
+            for _ in range(workers * self.EACH)
+        ]
+        _shared[self.name] = self
+
+
+# By name, those that a loader of this process has.
+_shared: weakref.WeakValueDictionary[str, SharedMemory] = weakref.WeakValueDictionary()
 
 
 class Images(Dataset[Sample]):
@@ -179,23 +237,21 @@ class ValImages(Images):
 
 
 class Collate:
-    """Makes samples one after the other and lays them into one Batch, in their memory format.
+    """Makes samples one after the other and lays them into one batch, in their memory format.
 
-    In a worker it lies in memory that the main process sees. With `is_reused` that is one of a few
-    buffers in turn, so a batch has to be copied before the next one is asked for: fresh memory
-    costs as much as to resize the images.
+    With `memory` they go into its buffers in turn, so a batch has to be copied before the next one
+    is asked for: fresh memory costs as much as to resize the images.
     """
 
-    def __init__(self, *, is_reused: bool) -> None:
-        self.is_reused = is_reused
-        self._buffers: dict[int, Tensor] = {}
+    def __init__(self, memory: SharedMemory | None) -> None:
+        self.memory = memory
         self._count = 0
 
-    def __call__(self, asked: tuple[int, Iterator[Sample]]) -> Batch:
-        """Return the batch."""
+    def __call__(self, asked: tuple[int, Iterator[Sample]]) -> Batch | Parcel:
+        """Return the batch, in a worker what becomes the batch on its way."""
         count, samples = asked
         first = next(samples)
-        image_BCHW = self._images(count, first.image_CHW)
+        images, image_BCHW = self._images(count, first.image_CHW)
         labels, positions = [], []
         bad: list[BadImage] = []
         for image_CHW, sample in zip(image_BCHW, chain((first,), samples), strict=True):
@@ -203,25 +259,23 @@ class Collate:
             labels.append(sample.label)
             positions.append(sample.position)
             bad.extend(sample.bad)
-        return _batch(image_BCHW, labels, positions, tuple(bad))
+        parcel = Parcel(images, labels, positions, tuple(bad))
+        return parcel if get_worker_info() else _unpacked(*parcel)
 
-    def _images(self, count: int, like_CHW: Tensor) -> Tensor:
-        size = count * like_CHW.nbytes
-        memory = self._buffer(size)[:size].view(like_CHW.dtype)
+    def _images(self, count: int, like_CHW: Tensor) -> tuple[Slot | Tensor, Tensor]:
+        """Return where a batch goes, as the main process knows it and as a tensor."""
+        shape = (count, *like_CHW.shape)
         strides = (like_CHW.numel(), *torch.empty_like(like_CHW).stride())
-        return memory.as_strided((count, *like_CHW.shape), strides)
-
-    def _buffer(self, size: int) -> Tensor:
-        """Return a buffer of at least `size` bytes, shared in a worker."""
-        # In use may be: one that the consumer copies, and those that the loader asked for ahead.
-        self._count = (self._count + 1) % (PREFETCHED + 2)
-        buffer = self._buffers.get(self._count)
-        if buffer is None or len(buffer) < size:
-            buffer = torch.empty(size, dtype=torch.uint8)
-            buffer = buffer if get_worker_info() is None else buffer.share_memory_()
-        if self.is_reused:
-            self._buffers[self._count] = buffer
-        return buffer
+        worker, size = get_worker_info(), count * like_CHW.nbytes
+        if self.memory and size <= len(self.memory.buffers[0]):
+            self._count = (self._count + 1) % SharedMemory.EACH
+            number = (worker.id if worker else 0) * SharedMemory.EACH + self._count
+            slot = Slot(self.memory.name, number, shape, strides, like_CHW.dtype)
+            return slot, _laid(self.memory.buffers[number], *slot[2:])
+        fresh = torch.empty(size, dtype=torch.uint8)
+        fresh = fresh.share_memory_() if worker else fresh
+        image_BCHW = _laid(fresh, shape, strides, like_CHW.dtype)
+        return image_BCHW, image_BCHW
 
 
 def _leave_process_group(_worker: int) -> None:
@@ -231,9 +285,10 @@ def _leave_process_group(_worker: int) -> None:
 
 
 def _loader(
-    dataset: Dataset,
+    dataset: TrainImages | ValImages,
     sampler: Sampler[list[int]],
     *,
+    batch_size: int,
     num_workers: int,
     pin_memory: bool,
     timeout_s: float,
@@ -242,7 +297,12 @@ def _loader(
     # The platform's start method is fine. Fork is: workers use Pillow and torch's CPU ops on one
     # thread (DataLoader sees to that), never CUDA, a collective or a lock of the main process.
     # So is spawn: all that is handed over can be pickled.
-    collate: Callable[..., Batch] = Collate(is_reused=is_reused)
+    memory = None
+    if is_reused:
+        with drawing_from(0):
+            image_CHW = dataset.transform(Image.new("RGB", (1, 1)))
+        memory = SharedMemory(batch_size * image_CHW.nbytes, workers=max(1, num_workers))
+    collate: Callable[..., Batch | Parcel] = Collate(memory)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -285,6 +345,7 @@ def train_loader(
     return _loader(
         dataset,
         sampler,
+        batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
         timeout_s=timeout_s,
@@ -311,6 +372,7 @@ def val_loader(
     return _loader(
         dataset,
         sampler,
+        batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
         timeout_s=timeout_s,
