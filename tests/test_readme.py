@@ -1,4 +1,4 @@
-"""Every command of the README runs, shrunk to seconds; every file that it names exists."""
+"""Every command of README and docs runs, shrunk to seconds; every file that they name exists."""
 
 import os
 import re
@@ -8,11 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def commands(page):
+    """The lines of a page's bash blocks, continued ones joined, comments left out."""
+    text = "".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
+    return [line.split("  #")[0].strip() for line in re.sub(r"\\\n *", "", text).splitlines()]
+
+
+COMMANDS = commands(README)
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SHRUNK = [
     "model.vit.num_classes=3",
@@ -64,6 +74,18 @@ def test_training_command(command, image_folder, tmp_path):
         assert "training.checkpoint.path" in done.stdout or "checkpoint:" in done.stdout
         return
     assert "training is complete: 1 steps" in train(words, image_folder, tmp_path / "x").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for page in DOCS.values() for c in commands(page)])
+def test_a_command_of_the_docs_that_starts_from_a_checkpoint(command, image_folder, tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    network = timm.models.VisionTransformer(**sizes, num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "dense.pth")
+    here, count = re.subn(r"(init\.checkpoint)=\S+", rf"\1={tmp_path}/dense.pth", command)
+    assert count == 1, "another kind of command needs another test"
+    done = train(shlex.split(here), image_folder, tmp_path / "x")
+    assert "training is complete: 1 steps" in done.stdout
 
 
 @pytest.mark.slow
