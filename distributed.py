@@ -12,6 +12,7 @@ import ctypes
 import os
 import re
 import resource
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -174,6 +175,19 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
         # would never come; the process is about to end.
         if is_clean or world.device.type == "cpu":
             dist.destroy_process_group()
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """Return what to say of an error that means that another rank is gone, None of any other."""
+    if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    names = [frame.name for frame in frames if frame.filename == dist.distributed_c10d.__file__]
+    reason = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+    return (
+        f"{names[-1] if names else 'a collective'} failed: {reason}; another rank is gone, or was "
+        "stuck for longer than distributed.timeout_s; the same command resumes"
+    )
 
 
 def build_meshes(*, dp_outer: int, dp_shard: int | None, ep: int, device: torch.device) -> Meshes:

@@ -52,7 +52,7 @@ from schema import Config
 from scoring import NonFiniteError
 from stopping import EXIT_STOPPED, Stopped, StopSignals
 
-EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_INTERRUPTED = 2, 5, 130
+EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 5, 69, 130
 
 
 @dataclasses.dataclass
@@ -207,7 +207,11 @@ def fit(
     meter, images, train_s = Meter.start(run.world.device), 0, 0.0
     figures: dict[str, float] = {}
     for done in range(start.step + 1, t.steps + 1):
-        train_step(run, batches, step=done - 1, meter=meter)
+        try:
+            train_step(run, batches, step=done - 1, meter=meter)
+        except RuntimeError as error:
+            error.add_note(f"at step {done}")
+            raise
         logbook.advance()
         saver.poll()
         is_validating = done % t.val_interval == 0 or done == t.steps
@@ -347,6 +351,14 @@ def main(argv: list[str]) -> int:
         print(f"error (rank {rank}): {last_line(error)}", file=sys.stderr, flush=True)
         is_non_finite = isinstance(error, NonFiniteError | NonFiniteTensorError)
         return EXIT_NON_FINITE if is_non_finite else EXIT_OPTIONS
+    except RuntimeError as error:
+        lost = distributed.lost_rank(error)
+        if lost is None or "--debug" in argv:
+            raise
+        rank, _, _ = distributed.launch_facts()
+        at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+        print(f"error (rank {rank}): {at}{lost}", file=sys.stderr, flush=True)
+        return EXIT_LOST_RANK
     except Stopped as reason:
         print(f"stopped: {reason}; the same command resumes", file=sys.stderr, flush=True)
         return EXIT_STOPPED

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -446,3 +448,40 @@ def test_a_closed_stdout_does_not_end_the_run(ranks, small_run, tmp_path):
     ranks(1, without_reader)
     assert steps(tmp_path / "run") == {2}
     assert len(events(tmp_path / "run", "train")) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=str)
+def test_a_lost_rank_is_named_by_the_others(image_folder, tmp_path, capfd, monkeypatch, number):
+    """One hangs, or is gone: one line says at which step and in which collective."""
+    argv = ["--config-name", "vit_tiny_patch8_64", "device=cpu", "model.vit.num_classes=3"]
+    argv += ["model.vit.depth=1", f"dataset.train.root={image_folder}", "training.steps=9"]
+    argv += ["optimizer.warmup_steps=0", "dataset.train.batch_size=4", "training.tensorboard=false"]
+    argv += [f"training.checkpoint.path={tmp_path}/run", *EVERY_STEP, "distributed.timeout_s=5"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    real, pids = train.train_step, []
+
+    def step_and_vanish(run, batches, *, step, meter):
+        if step == 2 and run.world.rank == 1:
+            os.kill(os.getpid(), number)
+        real(run, batches, step=step, meter=meter)
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            train.train_step = step_and_vanish
+            os._exit(train.main(argv))
+    assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 69
+    if number == signal.SIGSTOP:
+        os.kill(pids[1], signal.SIGCONT)
+    left = os.waitstatus_to_exitcode(os.waitpid(pids[1], 0)[1])
+    assert left == (69 if number == signal.SIGSTOP else -signal.SIGKILL)
+    error = capfd.readouterr().err
+    assert re.search(r"error \(rank 0\): at step 3: \w+ failed: [^;]+; another rank is gone", error)
+    assert "Traceback" not in error
+    assert max(steps(tmp_path / "run")) == 2
