@@ -186,7 +186,7 @@ def lost_rank(error: RuntimeError) -> str | None:
     reason = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0]
     return (
         f"{names[-1] if names else 'a collective'} failed: {reason}; another rank is gone, or was "
-        "stuck for longer than distributed.timeout_s; the same command resumes"
+        "stuck for longer than distributed.timeout_s"
     )
 
 

@@ -41,7 +41,7 @@ from logbook import print_table
 from schema import Config, walk
 from weight_sources import BEST, Choice, Source, name_options, picked_metric, read_source
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 69, 130
 GUESSES = 5
 # Sections that only training reads.
 UNUSED = ("training", "optimizer", "fsdp", "distillation", "init")
@@ -258,6 +258,13 @@ def main(argv: list[str]) -> int:
         rank, _, _ = distributed.launch_facts()
         print(f"error (rank {rank}): {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RuntimeError as error:
+        lost = distributed.lost_rank(error)
+        if lost is None:
+            raise
+        rank, _, _ = distributed.launch_facts()
+        print(f"error (rank {rank}): {lost}", file=sys.stderr)
+        return EXIT_LOST_RANK
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -357,7 +357,7 @@ def main(argv: list[str]) -> int:
             raise
         rank, _, _ = distributed.launch_facts()
         at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-        print(f"error (rank {rank}): {at}{lost}", file=sys.stderr, flush=True)
+        print(f"error (rank {rank}): {at}{lost}; the same command resumes", file=sys.stderr)
         return EXIT_LOST_RANK
     except Stopped as reason:
         print(f"stopped: {reason}; the same command resumes", file=sys.stderr, flush=True)
