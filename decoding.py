@@ -30,7 +30,6 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 # RGB pixels of this many take 192 MB; a PNG of 9000 x 9000 can be a file of 236 kB.
 MAX_IMAGE_PIXELS = 64_000_000
-DECODERS = ("pillow", "nvimgcodec")
 SCALES = (8, 4, 2)  # libjpeg leaves out whole octaves of a block's frequencies
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8"
@@ -39,8 +38,6 @@ SEARCHED_BYTES = 1024
 SHOWN_BYTES = 16
 # What Pillow raises on damaged files; SyntaxError is its word for a broken PNG chunk.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-
-
 NVIMGCODEC, LIBJPEG_TURBO = "nvidia.nvimgcodec", "extensions/libjpeg_turbo_ext.so*"
 EXTENSIONS, VERBOSITY = "NVIMGCODEC_EXTENSIONS_PATH", "PYNVIMGCODEC_VERBOSITY"
 BITS = 8  # of a channel
@@ -65,7 +62,7 @@ class Encoded:
     `stream` is what nvImageCodec made of them, None where Pillow decodes.
     """
 
-    data: bytes | bytearray
+    data: bytes
     width: int
     height: int
     is_scaled: bool = False
@@ -88,7 +85,7 @@ class NvImageCodec:
             backends=[codec.Backend(codec.CPU_ONLY)],
         )
 
-    def stream(self, data: bytes | bytearray) -> Stream | None:
+    def stream(self, data: bytes) -> Stream | None:
         """Return the stream and size of a JPEG, None of what is none that it turns into RGB."""
         # Of a file cut short it would complain on stderr, without a name.
         if not data.startswith(JPEG_MAGIC) or END_OF_IMAGE not in data[-SEARCHED_BYTES:]:
@@ -158,9 +155,7 @@ def pick_decoder(name: str) -> tuple[str, str]:
     return "nvimgcodec", "auto: installed" if name == "auto" else "asked for"
 
 
-def read_header(
-    data: bytes | bytearray, *, decoder: str = "pillow", is_scaled: bool = False
-) -> Encoded:
+def read_header(data: bytes, *, decoder: str = "pillow", is_scaled: bool = False) -> Encoded:
     """Return `data` with its size; `is_scaled` lets a JPEG be decoded no larger than is needed.
 
     Raises:
@@ -176,7 +171,7 @@ def read_header(
     return Encoded(data, width, height, is_scaled, found)
 
 
-def _image_size(data: bytes | bytearray) -> tuple[int, int]:
+def _image_size(data: bytes) -> tuple[int, int]:
     if data.startswith(PNG_MAGIC) and len(data) > 24:  # before Pillow warns of a large one
         return struct.unpack(">II", data[16:24])
     try:
@@ -188,9 +183,9 @@ def _image_size(data: bytes | bytearray) -> tuple[int, int]:
         raise UnreadableError(_reason(data, err)) from err
 
 
-def _reason(data: bytes | bytearray, error: Exception) -> str:
+def _reason(data: bytes, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"is not a JPEG or PNG, begins with {bytes(data[:SHOWN_BYTES])!r}"
+        return f"is not a JPEG or PNG, begins with {data[:SHOWN_BYTES]!r}"
     return "truncated" if "truncated" in str(error) else f"damaged: {error}"
 
 
@@ -232,7 +227,7 @@ def _scale(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> int:
     return next(fits, 1) if source.is_scaled else 1
 
 
-def _decode_by_pillow(data: bytes | bytearray, *, scale: int = 1) -> np.ndarray:
+def _decode_by_pillow(data: bytes, *, scale: int = 1) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if scale > 1:  # nvImageCodec has no scaled decode

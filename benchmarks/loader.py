@@ -42,7 +42,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 
-from augment import Normaliser, train_transform
+from augment import Normaliser, Transform, train_transform
 from benchmarks import common
 from cropping import resize
 from decoding import pick_decoder, read_header, rgb, rgb_of_box
@@ -106,22 +106,26 @@ def rival(root: Path, workers: int, *, steps: int) -> DataLoader:
     )
 
 
-def ours(root: Path, workers: int, *, decoder: str, steps: int) -> Feed:
-    """Return our loader for as many batches, on the CPU."""
-    transform = train_transform(
+def our_transform(*, hflip: float) -> Transform:
+    """Return our crop and flip."""
+    return train_transform(
         img_size=(CROP, CROP),
         scale=(0.08, 1.0),
         ratio=(3 / 4, 4 / 3),
-        hflip=0.5,
+        hflip=hflip,
         color_jitter=0.0,
         interpolation="bilinear",
         mean=MEAN,
         std=STD,
         is_raw=True,
     )
+
+
+def ours(root: Path, workers: int, *, decoder: str, steps: int) -> Feed:
+    """Return our loader for as many batches, on the CPU."""
     loader = train_loader(
         ImageReader(index_images(root, "train"), decoder=decoder),
-        transform=transform,
+        transform=our_transform(hflip=0.5),
         batch_size=BATCH,
         grad_accum_steps=1,
         start_step=0,
@@ -149,24 +153,14 @@ def check(root: Path) -> dict[str, float]:
         ValueError: They differ by more than their resizing does.
     """
     index = index_images(root, "train")
-    theirs = transforms.RandomResizedCrop(CROP)
-    transform = train_transform(
-        img_size=(CROP, CROP),
-        scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        hflip=0.0,
-        color_jitter=0.0,
-        interpolation="bilinear",
-        mean=MEAN,
-        std=STD,
-        is_raw=True,
-    )
+    theirs, transform = transforms.RandomResizedCrop(CROP), our_transform(hflip=0.0)
+    reader = ImageReader(index, decoder=pick_decoder("auto")[0])
     differences = []
     for image, path in enumerate(index.paths[:32]):
         torch.manual_seed(image)
         wanted_HWC = np.asarray(theirs(Image.open(index.root / path).convert("RGB")), dtype=int)
         torch.manual_seed(image)
-        found_CHW = transform(ImageReader(index)(image))
+        found_CHW = transform(reader(image))
         differences.append(np.abs(found_CHW.permute(1, 2, 0).numpy() - wanted_HWC))
     levels = {
         "mean": float(np.mean(differences)),
