@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where the images of a batch lie in shared memory."""
+    """Where the images of a batch lie in a BatchMemory."""
 
     memory: str
     number: int
@@ -91,7 +91,7 @@ def _unpacked(
     images: Slot | Tensor, labels: list[int], positions: list[int], bad: tuple[BadImage, ...]
 ) -> Batch:
     if isinstance(images, Slot):
-        buffer = _shared[images.memory].buffers[images.number]
+        buffer = _memory[images.memory].buffers[images.number]
         images = _laid(buffer, images.shape, images.strides, images.dtype)
     return Batch(images, torch.tensor(labels), torch.tensor(positions), bad)
 
@@ -103,26 +103,35 @@ def _laid(
     return buffer[:size].view(dtype).as_strided(shape, strides)
 
 
-class SharedMemory:
-    """Buffers of one batch each for every worker, made before there are workers.
+class BatchMemory:
+    """Buffers of one batch each for every worker, made before there are workers to share them.
 
     A batch may be asked for again, be made and wait, or be in the hands of the consumer, who copies
     it before asking for the next: so many buffers each worker has.
+
+    Raises:
+        OSError: There is not enough shared memory.
     """
 
     EACH = PREFETCHED + 2
 
     def __init__(self, batch_bytes: int, *, workers: int) -> None:
         self.name = uuid.uuid4().hex
-        self.buffers = [
-            torch.empty(batch_bytes, dtype=torch.uint8).share_memory_()
-            for _ in range(workers * self.EACH)
-        ]
-        _shared[self.name] = self
+        take = torch.UntypedStorage._new_shared if workers else torch.UntypedStorage
+        count = max(1, workers) * self.EACH
+        try:
+            storages = [take(batch_bytes) for _ in range(count)]
+        except RuntimeError as error:
+            raise OSError(
+                f"config dataset.num_workers={workers}: {count * batch_bytes / 2**30:.2f} GiB of "
+                f"batches do not fit into shared memory (docker run --shm-size): {error}"
+            ) from error
+        self.buffers = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages]
+        _memory[self.name] = self
 
 
 # By name, those that a loader of this process has.
-_shared: weakref.WeakValueDictionary[str, SharedMemory] = weakref.WeakValueDictionary()
+_memory: weakref.WeakValueDictionary[str, BatchMemory] = weakref.WeakValueDictionary()
 
 
 class Images(Dataset[Sample]):
@@ -243,7 +252,7 @@ class Collate:
     is asked for: fresh memory costs as much as to resize the images.
     """
 
-    def __init__(self, memory: SharedMemory | None) -> None:
+    def __init__(self, memory: BatchMemory | None) -> None:
         self.memory = memory
         self._count = 0
 
@@ -268,8 +277,8 @@ class Collate:
         strides = (like_CHW.numel(), *torch.empty_like(like_CHW).stride())
         worker, size = get_worker_info(), count * like_CHW.nbytes
         if self.memory and size <= len(self.memory.buffers[0]):
-            self._count = (self._count + 1) % SharedMemory.EACH
-            number = (worker.id if worker else 0) * SharedMemory.EACH + self._count
+            self._count = (self._count + 1) % BatchMemory.EACH
+            number = (worker.id if worker else 0) * BatchMemory.EACH + self._count
             slot = Slot(self.memory.name, number, shape, strides, like_CHW.dtype)
             return slot, _laid(self.memory.buffers[number], *slot[2:])
         fresh = torch.empty(size, dtype=torch.uint8)
@@ -301,7 +310,7 @@ def _loader(
     if is_reused:
         with drawing_from(0):
             image_CHW = dataset.transform(Image.new("RGB", (1, 1)))
-        memory = SharedMemory(batch_size * image_CHW.nbytes, workers=max(1, num_workers))
+        memory = BatchMemory(batch_size * image_CHW.nbytes, workers=num_workers)
     collate: Callable[..., Batch | Parcel] = Collate(memory)
     return DataLoader(
         dataset,

@@ -21,6 +21,8 @@ from image_order import Order, epoch_permutation, step_positions
 from image_reader import ImageReader, decode_rgb
 from imagenet_dataset import (
     NOT_COUNTED,
+    BatchMemory,
+    Collate,
     TrainImages,
     train_loader,
     val_loader,
@@ -197,6 +199,44 @@ def test_reused_memory_is_not_written_before_it_is_copied(root):
         time.sleep(0.01)  # the workers fill all that they may
         slow.append(batch)
     assert_same(fresh, slow)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_lie_in_the_memory_made_for_them(root, num_workers):
+    raw = train_transform(**OPTIONS, is_raw=True)
+    changes = {"transform": raw, "num_steps": 20, "num_workers": num_workers, "is_reused": True}
+    loader = train_batches(index_images(root, "train"), **changes)
+    memory = loader.collate_fn.memory
+    found = {batch.image_BCHW.data_ptr() for batch in loader}
+    assert found == {buffer.data_ptr() for buffer in memory.buffers}
+    assert len(found) == max(1, num_workers) * BatchMemory.EACH
+    assert all(buffer.is_shared() == bool(num_workers) for buffer in memory.buffers)
+
+
+def test_images_larger_than_the_memory_made_for_them_take_other(root):
+    """A transform may make them as large as it likes."""
+    index = index_images(root, "train")
+    larger = train_transform(**OPTIONS | {"img_size": (9, 9)}, is_raw=True)
+    wanted = list(train_batches(index, transform=larger))
+    for num_workers in (0, 1):
+        loader = train_batches(index, transform=larger, num_workers=num_workers, is_reused=True)
+        memory = BatchMemory(10, workers=num_workers)
+        object.__setattr__(loader, "collate_fn", Collate(memory))
+        assert_same(wanted, loader)
+
+
+def test_too_little_shared_memory_is_an_error_with_its_option(root, monkeypatch):
+    def fail(_size):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", fail)
+    raw = train_transform(**OPTIONS, is_raw=True)
+    index = index_images(root, "train")
+    train_batches(index, transform=raw, num_workers=0, is_reused=True)
+    with pytest.raises(
+        OSError, match=r"dataset.num_workers=3: 0.00 GiB .* \(docker run --shm-size"
+    ):
+        train_batches(index, transform=raw, num_workers=3, is_reused=True)
 
 
 def test_train_loader_counts_microbatches_and_types(root):
