@@ -47,7 +47,7 @@ def permutation(count, seed, epoch):
 
 def updates(run):
     """The images of each update, with their epochs and repeats, in no order."""
-    order, t, count = assemble.image_order(run), run.config.training, len(run.train_index)
+    order, t, count = assemble.order_of(run), run.config.training, len(run.train_index)
     found = []
     for step in range(45):  # over an epoch's end
         positions = itertools.chain.from_iterable(
