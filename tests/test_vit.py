@@ -239,7 +239,7 @@ def test_ffn_factory_is_called_per_block_and_none_means_dense():
         {"patch_drop_rate": 0.4},
         {"ffn": lambda i: layers.Mlp(48, 24)},
     ],
-    ids=str,
+    ids=["plain", "map", "tokens", "no head", "patch dropout", "ffn"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_flops_per_image_equal_the_counted_ones(options, training):
