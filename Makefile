@@ -8,6 +8,8 @@ PYTHON ?= python3.11
 # One rank per GPU; two on a machine without.
 NPROC ?= $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)),2)
 ARGS ?=
+# Tests run in so many processes, some with up to four ranks of their own; 0: in this one, for --pdb.
+TEST_PROCESSES ?= 2
 
 BIN := .venv/bin
 # One thread per rank: ranks share the cores.
@@ -20,7 +22,7 @@ train: .venv/.train
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .
