@@ -162,14 +162,16 @@ def test_a_vanished_folder_is_never_success(ranks, small_run, tmp_path, is_async
     )
 
     def vanish(world):
-        real = train.train_step
+        real = train.Saver.save
 
-        def step_and_remove(run, batches, *, step, meter):
-            real(run, batches, step=step, meter=meter)
-            if step == 2 and world.is_main:
-                shutil.rmtree(run.folder, ignore_errors=True)
+        def remove_and_save(self, *, step, **options):
+            if step == 2:
+                self.drain()
+                # At once: beside a worker that stages, rmtree alone may leave the folder there.
+                shutil.rmtree((tmp_path / "run").rename(tmp_path / "gone"))
+            real(self, step=step, **options)
 
-        train.train_step = step_and_remove
+        train.Saver.save = remove_and_save
         with pytest.raises(OSError, match=r"failed at step 4: .*No such file or directory"):
             train.train(config, world)
 
