@@ -118,6 +118,19 @@ def _parse(override: str) -> DictConfig:
     return given
 
 
+def option_names(overrides: list[str]) -> list[str]:
+    """Return the dotted names of the options that name=value set, alone or as a section.
+
+    Raises:
+        ValueError: One is not of that form, or gives a whole section one value.
+    """
+    given = [_parse(override) for override in overrides]
+    merged = OmegaConf.merge(*given) if given else OmegaConf.create()
+    marker = object()
+    names = [name for name, _, _ in walk(Config())]
+    return [n for n in names if OmegaConf.select(merged, n, default=marker) is not marker]
+
+
 def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
     """Return the validated options of `dataclasses.asdict(config)`, as read again from JSON.
 

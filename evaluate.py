@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -43,9 +42,14 @@ from weight_sources import BEST, Choice, Source, name_options, picked_metric, re
 
 EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 69, 130
 GUESSES = 5
-# Sections that only training reads.
-UNUSED = ("training", "optimizer", "fsdp", "distillation", "init")
-UNUSED_OPTIONS = ("model.sdpa=", "model.compile=", "dataset.duplicates=")
+# What only training reads.
+UNUSED = (
+    *("training.", "optimizer.", "fsdp.", "distillation.", "init.", "dataset.train."),
+    *("distributed.", "model.sdpa", "model.compile", "dataset.duplicates", "dataset.subset"),
+)
+USED = ("dataset.train.root", "distributed.timeout_s")  # of these
+# Of a dataset, what decides how an image file becomes the network's input.
+FOR_FILES = ("val.img_size", "val.crop_ratio", "interpolation", "mean", "std")
 # Of the network, what may differ from training: the rest decides what the weights compute.
 FREE = (
     "model.vit.dynamic_img_size",
@@ -82,10 +86,12 @@ def check_used(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--names {arguments.names}: has no effect without --images")
     if arguments.per_class and arguments.images:
         raise ValueError("--per-class: has no effect with --images")
-    for override in arguments.overrides:
-        first = re.split(r"[.=]", override)[0]
-        if first in UNUSED or override.startswith(UNUSED_OPTIONS):
-            raise ValueError(f"config {override}: has no effect here, only in training")
+    for name in compose.option_names(arguments.overrides):
+        if name.startswith(UNUSED) and name not in USED:
+            raise ValueError(f"config {name}: has no effect here, only in training")
+        section, _, option = name.partition(".")
+        if arguments.images and section == "dataset" and option not in FOR_FILES:
+            raise ValueError(f"config {name}: has no effect with --images")
     path = arguments.json
     if path and not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {path}: there is no folder {path.absolute().parent}")
