@@ -76,6 +76,8 @@ def timm_call(config: Json, path: Path) -> str:
         "distilled",
     )
     changed = {name: value for name, value in vit.items() if value != defaults.get(name)}
+    if changed.get("pos_embed") == "sincos":  # timm loads the file's, and would train them
+        del changed["pos_embed"]
     arguments = [
         f"{name}={tuple(value) if isinstance(value, list) else value!r}"
         for name, value in changed.items()

@@ -34,6 +34,7 @@ class Scheme:
     fix_init: bool = False
     init_values: float | None = None
     num_classes: int = 0
+    sincos_hw: tuple[int, int] | None = None  # grid of patches of a fixed position embedding
 
 
 @runtime_checkable
@@ -79,6 +80,27 @@ def xavier_uniform(shape: torch.Size, *, rng: torch.Generator, num_stacked: int 
     """Return U with variance 2 / (fan_in + fan_out), of `num_stacked` matrices stacked by rows."""
     fan_out, fan_in = shape[0] // num_stacked, shape[1]
     return uniform(shape, math.sqrt(6 / (fan_in + fan_out)), rng=rng)
+
+
+def sincos_positions(grid_hw: tuple[int, int], shape: torch.Size) -> Tensor:
+    """Return the position embedding [1, prefix + h * w, D] of sines and cosines; prefix tokens: 0.
+
+    The patch in row y and column x has [sin(w x), cos(w x), sin(w y), cos(w y)] of D/4 frequencies
+    w, from 1 to 1/10000 in a geometric series. Source: arXiv 2205.01580, after MoCo v3 (arXiv
+    2104.02057), whose series stops one step earlier.
+    """
+    count = shape[2] // 4
+    frequency_F = 10_000.0 ** -(
+        torch.arange(count, device="cpu", dtype=torch.float64) / (count - 1)
+    )
+    row_P, column_P = torch.cartesian_prod(
+        *(torch.arange(side, device="cpu", dtype=torch.float64) for side in grid_hw)
+    ).unbind(1)
+    angles = (torch.outer(column_P, frequency_F), torch.outer(row_P, frequency_F))
+    pos_PD = torch.cat([wave for a_PF in angles for wave in (a_PF.sin(), a_PF.cos())], dim=1)
+    value = _constant(shape, 0)
+    value[0, shape[1] - len(pos_PD) :] = pos_PD.float()
+    return value
 
 
 def _constant(shape: torch.Size, value: float) -> Tensor:
@@ -127,6 +149,7 @@ def initial_value(name: str, module: nn.Module, *, local_name: str, scheme: Sche
     |----------------------------|----------------------|--------------------------|--------------|
     | cls_token, reg_token       | N(0, 1e-6^2)         | same                     | same         |
     | pos_embed, dist_token      | N(0, 0.02^2)         | same                     | same         |
+    | pos_embed that is fixed    | sincos_positions     | same                     | same         |
     | patch_embed.proj.weight    | U(+-fan_in^-1/2)     | LeCun normal, cut 2 sigma| as ""        |
     | patch_embed.proj.bias      | U(+-fan_in^-1/2)     | 0                        | as ""        |
     | *norm*.weight, .bias       | 1, 0                 | same                     | same         |
@@ -152,6 +175,8 @@ def initial_value(name: str, module: nn.Module, *, local_name: str, scheme: Sche
     tensor = getattr(module, local_name)
     if not isinstance(tensor, nn.Parameter):
         raise TypeError(f"{name}: a buffer needs {type(module).__name__}.initial_value")
+    if name == "pos_embed" and scheme.sincos_hw is not None:
+        return sincos_positions(scheme.sincos_hw, tensor.shape)
     rng = generator(scheme.seed, name)
     if name.startswith("patch_embed.proj."):
         weight = module.get_parameter("weight")  # the bias too is drawn by its fan-in

@@ -53,7 +53,11 @@ class ViTOptions:
     init_values: float | None = option(None, "initial LayerScale; null: no LayerScale", low=0)
     class_token: bool = option(True, "prepend a class token")
     distilled: bool = option(False, "and a distillation token, with a head of its own (DeiT)")
-    pos_embed: str = option("learn", "position embedding", choices=("learn", "none"))
+    pos_embed: str = option(
+        "learn",
+        "position embedding; sincos: sines and cosines of both axes, fixed",
+        choices=("learn", "sincos", "none"),
+    )
     no_embed_class: bool = option(False, "no position embedding for class and register tokens")
     reg_tokens: int = option(0, "register tokens (arXiv:2309.16588)", low=0)
     pre_norm: bool = option(False, "LayerNorm before the blocks (CLIP)")

@@ -108,6 +108,7 @@ class VisionTransformer(nn.Module):
         init_values: initial layer scale; None for none.
         distilled: a second token and head, whose logits are averaged with the first's; with
             `distilled_training` set, training returns both apart, for distillation.
+        pos_embed: "learn", "none", or "sincos", which is fixed: init.sincos_positions.
         no_embed_class: position embeddings for patches only.
         pre_norm: norm before the blocks; the patch embedding then has no bias.
         fc_norm: final norm after the pool instead of before; None: after avg, max and avgmax.
@@ -191,6 +192,7 @@ class VisionTransformer(nn.Module):
             fix_init=fix_init,
             init_values=init_values,
             num_classes=num_classes,
+            sincos_hw=self.options.grid_hw if pos_embed == "sincos" else None,
         )
         init.attach(self, scheme, canonical_name=layers.canonical_name)
 
@@ -203,8 +205,12 @@ class VisionTransformer(nn.Module):
         self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if o.distilled else None
         self.reg_token = nn.Parameter(torch.empty(1, o.reg_tokens, dim)) if o.reg_tokens else None
         num_pos = math.prod(o.grid_hw) + o.num_pos_prefix
-        has_pos = o.pos_embed == "learn"
-        self.pos_embed = nn.Parameter(torch.empty(1, num_pos, dim)) if has_pos else None
+        # Fixed ones are a parameter too: timm has the name, and checkpoints hold what it was.
+        self.pos_embed = (
+            None
+            if o.pos_embed == "none"
+            else nn.Parameter(torch.empty(1, num_pos, dim), requires_grad=o.pos_embed == "learn")
+        )
         self.pos_drop = nn.Dropout(o.pos_drop_rate) if o.pos_drop_rate > 0 else None
         drops = o.patch_drop_rate > 0
         self.patch_drop = (

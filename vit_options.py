@@ -15,7 +15,7 @@ from layers import BACKENDS
 from sdpa import KERNELS
 
 POOLS = ("token", "avg", "map", "max", "avgmax", "")
-POS_EMBEDS = ("learn", "none")
+POS_EMBEDS = ("learn", "sincos", "none")
 
 
 def require(is_ok: bool, field: str, value: object, allowed: str) -> None:
@@ -174,6 +174,9 @@ class VitOptions:
         is_plain = is_token and self.reg_tokens == 0 and self.fc_norm is not True
         allowed = "needs global_pool=token, reg_tokens=0 and no fc_norm"
         require(is_plain or not self.distilled, "distilled", True, allowed)
+        fits = self.embed_dim % 4 == 0 and self.embed_dim >= 8
+        allowed = f"needs an embed_dim of 8 or more that 4 divides, not {self.embed_dim}"
+        require(fits or self.pos_embed != "sincos", "pos_embed", "sincos", allowed)
         has_pos = self.pos_embed != "none"
         require(
             has_pos or self.pos_drop_rate == 0,

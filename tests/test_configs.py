@@ -391,7 +391,7 @@ def test_te_recipe_is_the_base_recipe_by_another_backend():
         (["model.vit.img_size=big"], ["model.vit.img_size=big", "[height, width]"]),
         (["model.vit.num_heads=5"], ["model.vit.num_heads=5", "embed_dim=768"]),
         (["model.vit.global_pool=sum"], ["model.vit.global_pool='sum'", "token", "avg"]),
-        (["model.vit.pos_embed=rope"], ["model.vit.pos_embed=rope", "learn, none"]),
+        (["model.vit.pos_embed=rope"], ["model.vit.pos_embed=rope", "learn, sincos, none"]),
         (["model.vit.in_chans=1"], ["model.vit.in_chans=1", "3"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else None,

@@ -169,6 +169,7 @@ def test_experts_saved_on_two_ranks_are_whole_in_the_export(ranks, tmp_path):
         [],
         ["model.vit.global_pool=map", *EVERYTHING],
         ["model.vit.img_size=[32,32]"],
+        ["model.vit.pos_embed=sincos"],
         ["model.vit.drop_path_rate=0.1", "model.vit.drop_path_uniform=true"],
         ["model.vit.distilled=true", "model.vit.global_pool=token"],
     ],

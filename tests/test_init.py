@@ -91,6 +91,24 @@ def test_initial_values_depend_on_seed_and_name_and_not_on_the_global_generator(
             assert not torch.equal(first[a], first[b]), (a, b)
 
 
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_fixed_positions_are_sines_and_cosines_of_column_and_row(prefix):
+    rows, columns, dim = 2, 3, 16
+    options = {"img_size": (16, 24), "patch_size": 8, "embed_dim": dim, "num_heads": 2, "depth": 1}
+    options |= {"reg_tokens": 2} if prefix else {"class_token": False, "global_pool": "avg"}
+    model = vit.VisionTransformer(**options, pos_embed="sincos", weight_init="jax", seed=5)
+    assert not model.pos_embed.requires_grad
+    pos_LD = model.pos_embed[0].tolist()
+    assert pos_LD[:prefix] == [[0.0] * dim] * prefix
+    for row, column in itertools.product(range(rows), range(columns)):
+        found = pos_LD[prefix + row * columns + column]
+        for number, wave in enumerate(found):
+            # Frequencies 1, 10000^-1/3, 10000^-2/3 and 1/10000, in four groups.
+            group, step = divmod(number, 4)
+            angle = (column, row)[group // 2] / 10_000 ** (step / 3)
+            assert wave == pytest.approx((math.sin, math.cos)[group % 2](angle), abs=1e-7)
+
+
 @pytest.mark.parametrize("weight_init", init.WEIGHT_INITS)
 @pytest.mark.parametrize("fix_init", [False, True])
 def test_initial_distributions_equal_timm(weight_init, fix_init):

@@ -172,6 +172,16 @@ def test_grad_checkpointing_changes_nothing_when_sharded(ranks, plain):
     assert worst_error([result[0] for result in results], expected) <= 1e-6
 
 
+@pytest.mark.parametrize("strategy", [0, 2, 3])
+def test_fixed_positions_stay_and_the_rest_trains_as_in_plain_pytorch(ranks, strategy):
+    model = small_vit(pos_embed="sincos")
+    fixed = model.pos_embed.detach().clone()
+    expected, _ = train_plainly(model, kind="adamw", accum=2)
+    results = ranks(2, train_sharded, "adamw", 2, {"strategy": strategy}, {"pos_embed": "sincos"})
+    assert worst_error([result[0] for result in results], expected) <= 1e-5
+    assert worst_error([result[0] for result in results], {"pos_embed": fixed}) == 0
+
+
 def one_step_with_library_optimizer(world, has_fix):
     model, shards = shard(world, small_vit())
     optimizer = make_optimizer("adamw", [(s.name, s.local) for s in shards])
