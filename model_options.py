@@ -55,7 +55,7 @@ class ViTOptions:
     distilled: bool = option(False, "and a distillation token, with a head of its own (DeiT)")
     pos_embed: str = option(
         "learn",
-        "position embedding; sincos: sines and cosines of both axes, fixed",
+        "position embedding; sincos: fixed sines and cosines of both axes, or init.checkpoint's",
         choices=("learn", "sincos", "none"),
     )
     no_embed_class: bool = option(False, "no position embedding for class and register tokens")

@@ -253,6 +253,14 @@ def test_another_image_size_resamples_the_positions_as_timm_does(dense):
     assert initial.by_origin()["resampled"] == ["pos_embed"]
 
 
+def test_fixed_positions_of_a_checkpoint_are_kept_and_stay_fixed(dense):
+    model = VisionTransformer(**SMALL, pos_embed="sincos", seed=5)
+    assert not torch.equal(model.pos_embed, dense.pos_embed)
+    begin(model, dense.state_dict(), Plan(mode=WARM_START))
+    assert torch.equal(model.pos_embed, dense.pos_embed)
+    assert not model.pos_embed.requires_grad
+
+
 def test_positions_of_a_known_grid_are_resampled_even_if_their_number_agrees(dense):
     model = VisionTransformer(**{**SMALL, "img_size": (8, 32)}, seed=5)
     begin(model, dense.state_dict(), Plan(mode=WARM_START))
