@@ -65,6 +65,15 @@ def _one_line(error: Exception) -> str:
     return _unknown(key) if first.startswith("Key ") else f"config {key}: {first}"
 
 
+def _check_root(config: Config, overrides: list[str]) -> Config:
+    """Return `config`, unless a folder was asked for in vain; a recipe's gives way to path_env."""
+    path_env = config.dataset.path_env
+    for override in overrides if path_env is not None else ():
+        if override.partition("=")[0] == "dataset.train.root":
+            raise ValueError(f"config {override}: has no effect with dataset.path_env={path_env}")
+    return config
+
+
 def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG_DIR) -> Config:
     """Return the validated options of `config_dir/config_name.yaml` with `overrides` on top.
 
@@ -95,7 +104,7 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
         raise ValueError(_one_line(error)) from error
     if not isinstance(config, Config):
         raise ValueError(f"config {path}: must begin with `defaults: [schema, _self_]`")
-    return validate(config)
+    return _check_root(validate(config), overrides)
 
 
 def _parse(override: str) -> DictConfig:
@@ -146,7 +155,7 @@ def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, Config), "merged into one"
-    return validate(config)
+    return _check_root(validate(config), overrides)
 
 
 def to_yaml(config: Config) -> str:

@@ -90,11 +90,8 @@ def _check_dataset(config: Config) -> None:
     data = config.dataset
     if data.path_env is None:
         _refuse_changed(data, ("name",), prefix="dataset", why="dataset.path_env=null")
-    else:
-        why = f"dataset.path_env={data.path_env}"
-        _refuse_changed(data.train, ("root",), prefix="dataset.train", why=why)
-        if data.name is None:
-            raise ValueError(f"config dataset.name=null: must be a name in {data.path_env}")
+    elif data.name is None:
+        raise ValueError(f"config dataset.name=null: must be a name in {data.path_env}")
     if data.on_error == "stop":
         _refuse_changed(data, ("max_bad",), prefix="dataset", why="dataset.on_error=stop")
     if data.num_workers == 0:

@@ -1,5 +1,6 @@
 """The same images and labels from every layout; the index is made once and noticed when stale."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import assemble
+import compose
 import index_cache
 import layouts
 import path_env
@@ -458,19 +460,21 @@ def test_a_wrong_number_of_images_is_an_error(root):
         check_count(index, 12)
 
 
-def test_a_run_looks_up_its_dataset_by_name(ranks, root, small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", ["vit_tiny_patch8_64", "deit_tiny"])
+def test_a_run_looks_up_its_dataset_by_name(ranks, root, tmp_path, monkeypatch, recipe):
     monkeypatch.setenv("MOEVIT_DATA", str(root.parent))
     file = tmp_path / "path_env.yml"
     file.write_text(
         "huggingface_access_token: hf_secret\n"
         "dataset_roots:\n  mine: ${MOEVIT_DATA}/folders\n  other: /nowhere\n"
     )
-    default = "dataset.train.root=data/tiny-imagenet-5"
-    config = small_run(default, f"dataset.path_env={file}", "dataset.name=mine")
+    by_name = [f"dataset.path_env={file}", "dataset.name=mine"]
+    config = compose.compose(recipe, [*by_name, "model.vit.num_classes=3", "dataset.subset=0.5"])
     assert assemble.data_root(config) == root
-    config = small_run(
-        default, f"dataset.path_env={file}", "dataset.name=mine", "dataset.subset=0.5"
-    )
+    with pytest.raises(ValueError, match=r"train\.root=.*: has no effect with dataset\.path_env="):
+        compose.compose(recipe, [*by_name, "dataset.train.root=data/tiny-imagenet-5"])
+    with pytest.raises(ValueError, match=r"train\.root=.*: has no effect with dataset\.path_env="):
+        compose.restore(dataclasses.asdict(config), ["dataset.train.root=data/tiny-imagenet-5"])
     train, val = ranks(1, lambda world: assemble.find_images(config, world))[0]
     assert (len(train), len(val)) == (6, 7)
 

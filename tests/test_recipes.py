@@ -233,6 +233,59 @@ def test_recipe_of_fine_tuning_has_the_curve_of_deit_3(size):
         assert found == pytest.approx(lr, rel=1e-3), epoch
 
 
+# Recipe: epochs, its curve, weight decay.
+PUBLISHED = {
+    **dict.fromkeys(("deit_tiny", "deit_small", "deit_base"), (300, "deit", 0.05)),
+    "deit3_small": (800, "deit3_small", 0.05),
+    **dict.fromkeys(("deit3_base", "deit3_large", "deit3_huge"), (800, "deit3_base", 0.05)),
+    **{f"deit3_{size}_ft224": (20, "deit3_ft224", 0.1) for size in ("base", "large", "huge")},
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipe_has_the_published_lr_decay_and_momentum_at_ten_epochs(recipe):
+    """By the schedule per epoch of the originals; decay and momentum are the same in all."""
+    config = compose.compose(recipe, ["optimizer.schedule_per_epoch=true"])
+    o, t = config.optimizer, config.training
+    epochs, curve, decay = PUBLISHED[recipe]
+    weight, bias = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(2))
+    named = [("head.weight", weight), ("head.bias", bias)]
+    optimizer = optim.build_optimizer(
+        o.name,
+        optim.parameter_groups(named, weight_decay=o.weight_decay, layer_decay=o.layer_decay),
+        betas=(o.betas[0], o.betas[1]),
+        eps=o.eps,
+        momentum=o.momentum,
+        sum_over_ranks=lambda value: value,
+    )
+    for count, (epoch, published) in enumerate(CURVES[curve].items(), start=1):
+        first = round(epoch * t.steps / epochs)  # 50046 updates are 20 epochs of 2502.3
+        lr = optim.lr_at(
+            optim.step_of_epoch(first, epoch_steps=t.steps // epochs),
+            peak=validation.peak_lr(
+                config, 8 * config.dataset.train.batch_size * t.grad_accum_steps
+            ),
+            final=o.min_lr,
+            warmup_steps=o.warmup_steps,
+            num_steps=t.steps,
+            warmup_lr=o.warmup_lr,
+            is_cosine_after_warmup=o.warmup_prefix,
+        )
+        assert lr == pytest.approx(published, rel=1e-3), epoch
+        optim.set_lr(optimizer, lr)
+        for parameter in (weight, bias):
+            parameter.data.fill_(1.0)
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, decay}
+        moments = optimizer.state[weight]
+        for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
+            assert moments[name].numpy() == pytest.approx(1 - beta**count, rel=1e-5)
+        if o.name == "adamw":  # the scale of LAMB's updates is another test's
+            assert weight.detach().numpy() == pytest.approx(1 - published * (1 + decay), abs=1e-5)
+            assert bias.detach().numpy() == pytest.approx(1 - published, abs=1e-5)
+
+
 def timm_scheduler(name):
     epochs, warmup, peak = SCHEDULES[name]
     parameter = torch.nn.Parameter(torch.zeros(1))
