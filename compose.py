@@ -127,8 +127,8 @@ def _parse(override: str) -> DictConfig:
     return given
 
 
-def option_names(overrides: list[str]) -> list[str]:
-    """Return the dotted names of the options that name=value set, alone or as a section.
+def given_options(overrides: list[str]) -> dict[str, object]:
+    """Return dotted name -> value of the options that name=value set, alone or as a section.
 
     Raises:
         ValueError: One is not of that form, or gives a whole section one value.
@@ -136,8 +136,8 @@ def option_names(overrides: list[str]) -> list[str]:
     given = [_parse(override) for override in overrides]
     merged = OmegaConf.merge(*given) if given else OmegaConf.create()
     marker = object()
-    names = [name for name, _, _ in walk(Config())]
-    return [n for n in names if OmegaConf.select(merged, n, default=marker) is not marker]
+    found = {name: OmegaConf.select(merged, name, default=marker) for name, _, _ in walk(Config())}
+    return {name: value for name, value in found.items() if value is not marker}
 
 
 def restore(values: Mapping[str, object], overrides: list[str]) -> Config:

@@ -14,8 +14,8 @@ Examples:
     python evaluate.py vit_small.safetensors --config-name vit_small_patch16_224
     python evaluate.py ckpts/vit --images cat.jpg dog.png --names classes.txt
 
-Exit codes: 0 done, 2 something cannot be read or does not fit, 130 interrupted; one line on stderr
-says what.
+Exit codes: 0 done, 2 something cannot be read or does not fit, 69 another rank is lost, 130
+interrupted; one line on stderr says what.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def check_used(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--names {arguments.names}: has no effect without --images")
     if arguments.per_class and arguments.images:
         raise ValueError("--per-class: has no effect with --images")
-    for name in compose.option_names(arguments.overrides):
+    for name, value in compose.given_options(arguments.overrides).items():
         if name.startswith(UNUSED) and name not in USED:
-            raise ValueError(f"config {name}: has no effect here, only in training")
+            raise ValueError(f"config {name}={value}: has no effect here, only in training")
         section, _, option = name.partition(".")
         if arguments.images and section == "dataset" and option not in FOR_FILES:
-            raise ValueError(f"config {name}: has no effect with --images")
+            raise ValueError(f"config {name}={value}: has no effect with --images")
     path = arguments.json
     if path and not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {path}: there is no folder {path.absolute().parent}")

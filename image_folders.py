@@ -1,6 +1,6 @@
 """Index images that are files: class folders, Tiny-ImageNet, and ILSVRC's CLS-LOC.
 
-    <split>/<wnid>/*.JPEG                 class folders (ImageFolder; CLS-LOC train)
+    <split>/<wnid>/**/*.JPEG              class folders (ImageFolder; CLS-LOC train)
     <split>/<wnid>/images/*.JPEG          Tiny-ImageNet train; val/images/ + val_annotations.txt
     Data/CLS-LOC/val/*.JPEG               a flat val folder, labelled by the first found of these,
                                           which the others must not contradict
@@ -65,6 +65,18 @@ def _images(folder: Path) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def _images_below(folder: Path, above: tuple[Path, ...] = ()) -> dict[str, int]:
+    """Return relative path -> bytes of the images in a folder and in those inside, sorted."""
+    real = folder.resolve()
+    if real in above:
+        raise ValueError(f"folder {folder}: links back to {real}, which it is in")
+    found = _images(folder)
+    for name in subfolders(folder):
+        inner = _images_below(folder / name, (*above, real))
+        found |= {f"{name}/{path}": size for path, size in inner.items()}
+    return dict(sorted(found.items()))
+
+
 def find_folder(root: Path, split: Split) -> Path | None:
     """Return the folder of the split's images, `root` itself if it is none of a whole dataset."""
     for base in (root, root / CLS_LOC, root / "ILSVRC" / CLS_LOC):
@@ -92,7 +104,8 @@ def _index_class_folders(folder: Path, split: Split) -> ImageIndex:
     classes = subfolders(folder)
     is_tiny = bool(classes) and (folder / classes[0] / "images").is_dir()
     inner = "images/" if is_tiny else ""
-    found = {wnid: _images(folder / wnid / inner) for wnid in classes}
+    listed = _images if is_tiny else _images_below
+    found = {wnid: listed(folder / wnid / inner) for wnid in classes}
     if not all(found.values()) or not classes:
         empty = next((f"class folder {wnid}/{inner}" for wnid in classes if not found[wnid]), "")
         problem = f"{empty or 'it'} holds no images; allowed: {LAYOUTS}"

@@ -27,7 +27,7 @@ import duplicates
 import layouts
 from image_index import ImageIndex, Names, Split
 
-VERSION = 3
+VERSION = 4
 FOLDER = ".moevit-index"
 HOME_FOLDER = Path("~/.cache/moevit")
 SEPARATOR = "\0"  # no file name has it

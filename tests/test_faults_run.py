@@ -23,6 +23,7 @@ import dcp_writer
 import scoring
 import stopping
 import train
+from image_reader import ImageReader
 
 EVERY_STEP = ["training.val_interval=100", "training.checkpoint.interval=1"]
 MODES = pytest.mark.parametrize("is_async", ["false", "true"], ids=["at once", "in background"])
@@ -177,6 +178,57 @@ def test_a_vanished_folder_is_never_success(ranks, small_run, tmp_path, is_async
 
     ranks(1, vanish)
     assert not list((tmp_path / "run").glob("step_*"))
+
+
+def run_noting_images(world, config, path, kill_in):
+    """Train and note which images each update reads; the process is killed within `kill_in`."""
+    step_of, read = train.train_step, ImageReader.__call__
+    current = []
+
+    def step_and_note(run, batches, *, step, meter):
+        current[:] = [step]
+        step_of(run, batches, step=step, meter=meter)
+        if step == kill_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        current.clear()
+
+    def read_and_note(self, image):
+        if current:
+            with path.open("a") as file:
+                print(os.getpid(), current[0], image, file=file)
+        return read(self, image)
+
+    train.train_step, ImageReader.__call__ = step_and_note, read_and_note
+    train.train(config, world)
+
+
+def images_of_steps(path):
+    """By update the images that each run, in order, read for it."""
+    by_step = {}
+    for line in path.read_text().splitlines():
+        process, step, image = map(int, line.split())
+        by_step.setdefault(step, {}).setdefault(process, []).append(image)
+    return {step: list(by_step[step].values()) for step in sorted(by_step)}
+
+
+def test_an_epoch_has_each_image_once_over_three_killed_runs(ranks, small_run, tmp_path):
+    options = ["training.steps=12", "training.val_interval=100", "training.checkpoint.interval=3"]
+    options += ["dataset.train.batch_size=4"]
+    config = small_run(*options)
+    killed = tmp_path / "killed"
+    for at in (4, 6, 10):
+        with pytest.raises(pytest.fail.Exception, match="died"):
+            ranks(1, run_noting_images, config, killed, at)
+    ranks(1, run_noting_images, config, killed, None)
+    whole = tmp_path / "whole"
+    elsewhere = f"training.checkpoint.path={tmp_path / 'other'}"
+    ranks(1, run_noting_images, small_run(*options, elsewhere), whole, None)
+    images = {step: found[0] for step, found in images_of_steps(whole).items()}
+    for step, found in images_of_steps(killed).items():
+        # Killed within updates 4, 6 and 10; saved after every third.
+        assert found == [images[step]] * (2 if step in (3, 4, 6, 9, 10) else 1)
+    for epoch in (range(6), range(6, 12)):  # of 24 images
+        assert sorted(image for step in epoch for image in images[step]) == list(range(24))
 
 
 @MODES

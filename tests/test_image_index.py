@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torchvision.datasets import ImageFolder
 
 import archives
 from archives import unpack_archive
@@ -42,6 +43,23 @@ def test_index_of_annotated_images_alone_takes_their_classes(tmp_path):
     tiny_dataset(tmp_path / "a")
     (tmp_path / "a" / "val").rename(tmp_path / "val")
     assert index_images(tmp_path / "val", "val").classes == ("n01", "n03")
+
+
+def test_images_in_folders_inside_a_class_are_its_images_as_in_torchvision(root):
+    write_image(root / "train" / "n02" / "part 1" / "deep" / "a.JPEG", seed=50)
+    write_image(root / "train" / "n02" / "0" / "b.jpg", seed=51)
+    (root / "train" / "n03" / "empty").mkdir()
+    index = index_images(root, "train")
+    theirs = ImageFolder(root / "train")
+    expected = sorted((str(Path(p).relative_to(root / "train")), y) for p, y in theirs.samples)
+    assert sorted(zip(index.paths, index.labels, strict=True)) == expected
+    assert "n02/part 1/deep/a.JPEG" in index.paths
+
+
+def test_a_folder_that_links_back_is_an_error(root):
+    (root / "train" / "n02" / "loop").symlink_to(root / "train" / "n02")
+    with pytest.raises(ValueError, match=r"n02/loop: links back to .*n02, which it is in"):
+        index_images(root, "train")
 
 
 def test_index_accepts_the_split_folder_itself(root):
