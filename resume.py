@@ -31,6 +31,8 @@ ORDER = (
     "dataset_sha256",
     "config.dataset.train.repeats",
 )
+# What a network computes and no name or shape of its weights tells.
+NETWORK = ("config.model.vit.num_heads", "config.model.vit.global_pool")
 DEFAULTS = {"config.dataset.train.repeats": 1}
 
 
@@ -65,15 +67,15 @@ def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
 
 
-def _check_order(run: Run, found: checkpoint.Checkpoint, *, old: object, new: object) -> None:
-    """Raise ValueError if one of the values that decide which images an update has is another."""
+def _check_same(run: Run, found: checkpoint.Checkpoint, *, old: object, new: object) -> None:
+    """Raise ValueError if the images of an update, or what the weights compute, would be others."""
     data, train = run.config.dataset.train, run.config.training
     made_of = {
         "global_batch": f" (batch_size {data.batch_size} x grad_accum_steps "
         f"{train.grad_accum_steps} x {run.world.size} ranks; any that multiply to the same will do)"
     }
     had, has = dict(_flatten(old)), dict(_flatten(new))
-    for name in ORDER:
+    for name in (*ORDER, *NETWORK):
         # What a checkpoint of before an option does not have was its default.
         before = had.get(name, DEFAULTS.get(name))
         if before != has[name]:
@@ -88,10 +90,10 @@ def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
     """Return the options that changed since `found` was saved.
 
     Raises:
-        ValueError: The order of images would change, so the run could not continue exactly.
+        ValueError: The order of images, or the network, would change, so the run could not go on.
     """
     now = facts(run, step=found.step, figures={})
-    _check_order(run, found, old=found.state, new=now)
+    _check_same(run, found, old=found.state, new=now)
     decay = run.config.training.ema_decay
     had_decay = dict(_flatten(found.state["config"])).get("training.ema_decay")
     if (decay is None) != (had_decay is None):

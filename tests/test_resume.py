@@ -165,6 +165,16 @@ def test_a_checkpoint_of_before_an_option_had_its_default(small_run, images):
         resume.check_resumable(run_of(small_run(*BASE, "dataset.train.repeats=3"), images), found)
 
 
+@pytest.mark.parametrize("change", ["num_heads=6", "global_pool=token"])
+def test_another_network_of_the_same_shapes_is_refused(small_run, images, change):
+    found = saved_by(run_of(small_run(*BASE), images))
+    assert found.state["config"]["model"]["vit"][change.partition("=")[0]] in (3, "avg")
+    token = ["model.vit.fc_norm=false", "model.vit.class_token=true"]
+    run = run_of(small_run(*BASE, *token, f"model.vit.{change}"), images)
+    with pytest.raises(ValueError, match=f"^resume step_3: model.vit.{change}, the checkpoint has"):
+        resume.check_resumable(run, found)
+
+
 def states(folder):
     """The step and the bad images of every checkpoint."""
     found = [json.loads(path.read_text()) for path in folder.glob("step_*/state.json")]
