@@ -87,11 +87,12 @@ def check_used(arguments: argparse.Namespace) -> None:
     if arguments.per_class and arguments.images:
         raise ValueError("--per-class: has no effect with --images")
     for name, value in compose.given_options(arguments.overrides).items():
+        shown = f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         if name.startswith(UNUSED) and name not in USED:
-            raise ValueError(f"config {name}={value}: has no effect here, only in training")
+            raise ValueError(f"config {shown}: has no effect here, only in training")
         section, _, option = name.partition(".")
         if arguments.images and section == "dataset" and option not in FOR_FILES:
-            raise ValueError(f"config {name}={value}: has no effect with --images")
+            raise ValueError(f"config {shown}: has no effect with --images")
     path = arguments.json
     if path and not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {path}: there is no folder {path.absolute().parent}")
