@@ -102,10 +102,12 @@ class NvImageCodec:
         handle = stream.handle
         if box is not None:
             top, left, height, width = box
-            region = self._codec.Region(start=(top, left), end=(top + height, left + width))
+            # One column alone would get another color at the left edge where chroma is subsampled.
+            right = min(left + max(width, 2), stream.width)
+            region = self._codec.Region(start=(top, left), end=(top + height, right))
             handle = handle.get_sub_code_stream(region=region)
         image = self._decoder.decode(handle, params=self._params)
-        return None if image is None else np.asarray(image)
+        return None if image is None else np.asarray(image)[:, : box[3] if box else None]
 
 
 def _import_without_gpu() -> ModuleType:
@@ -145,7 +147,7 @@ def pick_decoder(name: str) -> tuple[str, str]:
         return name, "asked for"
     try:
         _nvimgcodec(os.getpid())
-    except (ImportError, RuntimeError) as err:
+    except (ImportError, RuntimeError, OSError, AttributeError) as err:
         if name == "auto":
             return "pillow", f"auto: no nvimgcodec ({err})"
         raise ValueError(

@@ -23,7 +23,8 @@ from assemble import Run
 from logbook import Logbook, versions
 
 # What decides which images an update has, and how often each. Not the rank's batch, the workers or
-# the decoder: the same images come in another arrangement, or with the same pixels.
+# the decoder: the same images come in another arrangement, or with the same pixels
+# (of damaged files those that are broken below the crop are bad for one decoder alone).
 ORDER = (
     "global_batch",
     "seed",

@@ -176,6 +176,28 @@ def test_a_crop_has_the_pixels_of_the_whole(decoder, options):
             assert (found == whole[top:bottom, left:right]).all(), (width, height, box)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_narrow_crops_have_the_pixels_of_the_whole(decoder, options):
+    source = read_header(jpeg(size=(17, 40), **options), decoder=decoder)
+    whole = rgb(source)
+    for left in range(17):
+        for width in range(1, 18 - left):
+            found = rgb_of_box(source, (3, left, 20, width), at_least=(1, 1))
+            assert (found == whole[3:23, left : left + width]).all(), (left, width)
+
+
+def test_auto_takes_pillow_where_nvimgcodec_does_not_load(monkeypatch):
+    def fail(_process):
+        raise AttributeError("module has no attribute NVIMGCODEC_DEVICE_CPU_ONLY")
+
+    monkeypatch.setattr(decoding, "_nvimgcodec", fail)
+    name, why = pick_decoder("auto")
+    assert name == "pillow"
+    assert "NVIMGCODEC_DEVICE_CPU_ONLY" in why
+    with pytest.raises(ValueError, match=r"decoder=nvimgcodec: cannot be loaded: module has no"):
+        pick_decoder("nvimgcodec")
+
+
 def damaged(content, rng):
     """Bytes changed, overwritten or left out after the first hundred."""
     content = bytearray(content)
