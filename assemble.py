@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from feed import Feed
 from image_index import ImageIndex, Split
 from image_order import Order
 from image_reader import ImageReader
-from mixing import Mixer
+from mixing import Eraser, Mixer
 from schema import Config
 from sharding import Shard
 from vit import Block
@@ -55,6 +56,7 @@ class Run:
     shards: list[Shard]
     optimizer: torch.optim.Optimizer
     ema: optim.Ema | None
+    eraser: Eraser | None
     mixer: Mixer | None
     train_index: ImageIndex
     val_index: ImageIndex
@@ -190,19 +192,21 @@ def build_ema(config: Config, shards: list[Shard]) -> optim.Ema | None:
 def build_criterion(config: Config) -> Criterion:
     """Return the loss of logits_BY and labels or mixed targets; it does not look at the images."""
     t = config.training
+    loss: Callable[..., Tensor] = losses.smoothed_loss
+    if t.loss == "bce":
+        loss = partial(losses.binary_loss, threshold=t.bce_threshold, is_sum=t.bce_sum)
+    smoothed = partial(loss, smoothing=t.label_smoothing)
+    return lambda logits_BY, target, _image_BCHW: smoothed(logits_BY, target)
 
-    def loss(logits_BY: Tensor, target: Tensor, _image_BCHW: Tensor) -> Tensor:
-        if t.loss == "ce":
-            return losses.smoothed_loss(logits_BY, target, smoothing=t.label_smoothing)
-        return losses.binary_loss(
-            logits_BY,
-            target,
-            smoothing=t.label_smoothing,
-            threshold=t.bce_threshold,
-            is_sum=t.bce_sum,
-        )
 
-    return loss
+def build_eraser(config: Config, device: torch.device) -> Eraser | None:
+    """Return what erases boxes of training images, or None if it is off."""
+    train, seed = config.dataset.train, config.training.seed
+    if train.reprob == 0:
+        return None
+    return Eraser(
+        prob=train.reprob, mode=train.remode, count=train.recount, device=device, seed=seed
+    )
 
 
 def build_mixer(config: Config) -> Mixer | None:
@@ -263,6 +267,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         shards,
         optimizer=build_optimizer(config, shards),
         ema=build_ema(config, shards),
+        eraser=build_eraser(config, world.device),
         mixer=build_mixer(config),
         train_index=train_index,
         val_index=val_index,
@@ -317,7 +322,6 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[imagenet_dataset.Bat
     """Yield this rank's microbatches from update `start_step` to the end of the run."""
     data, train = run.config.dataset, run.config.dataset.train
     transform = augment.train_transform(
-        is_raw=train.reprob == 0,  # what is erased is filled with normalised noise
         img_size=models.height_width(run.config.model.vit.img_size),
         scale=(train.crop_scale[0], train.crop_scale[1]),
         ratio=(train.crop_ratio[0], train.crop_ratio[1]),
@@ -325,18 +329,14 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[imagenet_dataset.Bat
         hflip=train.hflip,
         auto_augment=train.auto_augment,
         color_jitter=train.color_jitter,
-        reprob=train.reprob,
-        remode=train.remode,
-        recount=train.recount,
         interpolation=train.interpolation or data.interpolation,
-        mean=(data.mean[0], data.mean[1], data.mean[2]),
-        std=(data.std[0], data.std[1], data.std[2]),
+        mean=data.mean,
     )
     loader = imagenet_dataset.train_loader(
         _reader(run.config, run.train_index, is_scaled=train.scaled_decode),
         transform=transform,
         timeout_s=data.timeout_s,
-        is_reused=train.reprob == 0,  # normalising copies
+        is_reused=True,  # normalising copies
         order=order_of(run),
         batch_size=train.batch_size,
         grad_accum_steps=run.config.training.grad_accum_steps,
@@ -363,10 +363,7 @@ def _feed(config: Config, loader: DataLoader, split: Split, world: World, bad: s
         loader,
         split=split,
         device=world.device,
-        normaliser=Normaliser(
-            mean=(data.mean[0], data.mean[1], data.mean[2]),
-            std=(data.std[0], data.std[1], data.std[2]),
-        ),
+        normaliser=Normaliser(data.mean, data.std),
         tolerance=shared_index.make_tolerance(at_most, world, seen=bad),
     )
 
@@ -379,8 +376,8 @@ def val_transform(config: Config, *, is_raw: bool = False) -> Transform:
         img_size=models.height_width(data.val.img_size or config.model.vit.img_size),
         crop_ratio=data.val.crop_ratio,
         interpolation=data.interpolation,
-        mean=(data.mean[0], data.mean[1], data.mean[2]),
-        std=(data.std[0], data.std[1], data.std[2]),
+        mean=data.mean,
+        std=data.std,
     )
 
 

@@ -1,7 +1,8 @@
 """What turns a decoded image into a network's input: for training with chance, else without.
 
-    training:   crop -> flip -> auto-augment -> color jitter -> normalise -> random erasing
-    validation: resize -> centre crop -> normalise
+    training:   crop -> flip -> auto-augment -> color jitter -> uint8
+    validation: resize -> centre crop -> uint8, or normalised
+    on the device, a batch: normalise; in training mixing.py erases and mixes
 
 The order and the operations are timm's. Chance comes from the global generators of torch, Python
 and NumPy, as those operations have it; `drawing_from` seeds them for one image and puts them back.
@@ -11,7 +12,7 @@ import contextlib
 import mmap
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,6 @@ from timm.data.auto_augment import (
     auto_augment_transform,
     rand_augment_transform,
 )
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -32,7 +32,7 @@ from torchvision.transforms import InterpolationMode, functional
 from cropping import RandomResizedCrop, Size, as_image, to_image
 from decoding import Box, Encoded
 
-Rgb = tuple[float, float, float]
+Rgb = Sequence[float]  # three
 Source = Encoded | Image.Image
 Transform = Callable[[Source], Tensor]
 
@@ -79,29 +79,22 @@ def train_transform(
     hflip: float,
     auto_augment: str | None = None,
     color_jitter: float,
-    reprob: float = 0.0,
-    remode: str = "pixel",
-    recount: int = 1,
     interpolation: str,
     mean: Rgb,
-    std: Rgb,
-    is_raw: bool = False,
 ) -> Transform:
-    """Return what crops to (height, width), flips, augments, normalises and erases at random.
+    """Return what crops to (height, width), flips and augments at random: uint8 image_CHW.
 
     Crop "rrc" resizes a part of random area and aspect, "src" resizes all and shifts it a bit.
-    `auto_augment` is a policy of timm, or "3aug" for that of DeiT III. Random erasing has
-    probability `reprob` and at most `recount` boxes. `interpolation` is a filter, or "random" for
-    bilinear or bicubic by chance (with crop "rrc" only). `is_raw` leaves the pixels uint8, for
-    `Normaliser.batch`; what is erased has to be normalised before.
+    `auto_augment` is a policy of timm, or "3aug" for that of DeiT III; it fills what it uncovers
+    with `mean`. `interpolation` is a filter, or "random" for bilinear or bicubic by chance (with
+    crop "rrc" only). Pixels are normalised by `Normaliser.batch`.
 
     Source: timm's `transforms_imagenet_train`; DeiT III (arXiv:2204.07118), sections 3.2 and 3.3.
     """
-    assert not (is_raw and reprob > 0), "random erasing fills with normalised noise"
     steps = _crop(crop, img_size, scale=scale, ratio=ratio, interpolation=interpolation)
     if isinstance(steps[0], RandomResizedCrop) and (auto_augment or color_jitter):
         steps.append(to_image)
-    elif isinstance(steps[0], RandomResizedCrop) and is_raw:
+    elif isinstance(steps[0], RandomResizedCrop):
         return CropAndFlip(steps[0], hflip=hflip)
     if hflip > 0:
         steps.append(transforms.RandomHorizontalFlip(hflip))
@@ -109,9 +102,7 @@ def train_transform(
         steps.append(auto_augmentation(auto_augment, interpolation=interpolation, mean=mean))
     if color_jitter > 0:
         steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
-    steps.append(to_pixels if is_raw else Normaliser(mean, std))
-    if reprob > 0:
-        steps.append(RandomErasing(reprob, mode=remode, max_count=recount, device="cpu"))
+    steps.append(to_pixels)
     return transforms.Compose(steps)
 
 

@@ -126,7 +126,5 @@ class Feed:
 
     def _on_device(self, batch: Batch) -> Batch:
         image_BCHW, label_B = (value.to(self.device, non_blocking=True) for value in batch[:2])
-        if image_BCHW.dtype == torch.uint8:
-            image_BCHW = self.normaliser.batch(image_BCHW)
-        # Positions stay on the host, which reads them to know how the batch is mixed.
-        return batch._replace(image_BCHW=image_BCHW, label_B=label_B)
+        # Positions stay on the host, which reads them to know what is erased and mixed.
+        return batch._replace(image_BCHW=self.normaliser.batch(image_BCHW), label_B=label_B)

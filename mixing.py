@@ -1,18 +1,58 @@
-"""Mixup and CutMix of a microbatch, timm's, drawn as a function of (seed, place in the run).
+"""What is done to a microbatch on its device, timm's, drawn as a function of (seed, position).
 
-image_BCHW, label_B -> timm.data.Mixup -> image_BCHW, target_BY
+normalised image_BCHW, label_B -> Eraser -> Mixer -> image_BCHW, target_BY
 """
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
+import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from seeds import stable_seed
 
 NUMPY_SEEDS = 2**32
 MODES = ("batch", "pair", "elem")
+
+
+class Eraser:
+    """Random erasing: at most `count` boxes of an image are filled, with probability `prob`.
+
+    Mode "pixel" fills with noise, "rand" with one random color, "const" with zeros, after
+    normalisation. Boxes are the same on every device; the noise is that of the device's generator.
+
+    Source: arXiv:1708.04896; timm.data.random_erasing.
+    """
+
+    def __init__(
+        self, *, prob: float, mode: str, count: int, device: torch.device, seed: int
+    ) -> None:
+        self.erase = RandomErasing(prob, mode=mode, max_count=count, device=str(device))
+        self.seed = seed
+
+    def __call__(self, image_BCHW: Tensor, position_B: Tensor) -> Tensor:
+        """Return the images, written in place, by their positions in the stream."""
+        device = image_BCHW.device
+        on_cpu = device.type == "cpu"
+        generator = (
+            torch.default_generator if on_cpu else torch.cuda.default_generators[device.index]
+        )
+        # timm draws from the global generators, which are put back as they were.
+        kept = random.getstate(), generator.get_state()
+        try:
+            for image_CHW, position in zip(image_BCHW, position_B.tolist(), strict=True):
+                seed = stable_seed(self.seed, "erase", position)
+                random.seed(seed)
+                generator.manual_seed(seed)
+                self.erase(image_CHW)
+        finally:
+            random.setstate(kept[0])
+            generator.set_state(kept[1])
+        return image_BCHW
 
 
 class Mixer:

@@ -78,6 +78,8 @@ def to_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the images in the compute dtype and the labels, or target_BY if they are mixed."""
     image_BCHW = batch.image_BCHW.to(run.world.device, non_blocking=True)
     target = batch.label_B.to(run.world.device, non_blocking=True)
+    if run.eraser is not None:
+        image_BCHW = run.eraser(image_BCHW, batch.position_B)
     if run.mixer is not None:
         group = int(batch.position_B[0]) // len(batch.position_B)
         image_BCHW, target = run.mixer(image_BCHW, target, group=group)

@@ -116,8 +116,6 @@ def our_transform(*, hflip: float) -> Transform:
         color_jitter=0.0,
         interpolation="bilinear",
         mean=MEAN,
-        std=STD,
-        is_raw=True,
     )
 
 

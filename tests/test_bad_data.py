@@ -33,7 +33,9 @@ from tests.images import folder_dataset, write_image
 
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-PLAIN = val_transform(img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=ZERO, std=ONE)
+PLAIN = val_transform(
+    img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=ZERO, std=ONE, is_raw=True
+)
 
 
 def jpeg(size=(8, 8), mode="RGB", **options):
@@ -408,7 +410,6 @@ AUGMENTED = train_transform(
     color_jitter=0.4,
     interpolation="bicubic",
     mean=ZERO,
-    std=ONE,
 )
 
 
@@ -422,7 +423,7 @@ def expected_at(index, position, *, bad, seed=5):
         replaced.append(image)
         image = stable_seed(seed, "replace", position, attempt) % len(index)
     with drawing_from(stable_seed(seed, "augment", epoch, image)):
-        image_CHW = AUGMENTED(ImageReader(index)(image))
+        image_CHW = Normaliser(ZERO, ONE)(AUGMENTED(ImageReader(index)(image)))
     return image_CHW.numpy().tobytes(), index.labels[image], replaced
 
 

@@ -491,7 +491,6 @@ TRANSFORM = augment.train_transform(
     color_jitter=0.4,
     interpolation="bicubic",
     mean=(0.5, 0.4, 0.3),
-    std=(0.2, 0.25, 0.3),
 )
 
 
