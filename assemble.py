@@ -232,11 +232,9 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     models.check_compile(config, backend=backend, reason=reason, device=world.device)
     dtype = models.pick_dtype(config.model.dtype, world.device)
     strategy = sharding.strategy_name(config.fsdp.zero_dp_strategy)
+    d, ep = config.distributed, pick_ep(config, world)
     meshes = distributed.build_meshes(
-        dp_outer=config.distributed.dp_outer,
-        dp_shard=config.distributed.dp_shard,
-        ep=pick_ep(config, world),
-        device=world.device,
+        dp_outer=d.dp_outer, dp_shard=d.dp_shard, ep=ep, device=world.device
     )
     # The library cannot shard nothing from the meta device, and there is then nothing to save.
     vit = models.build_model(
@@ -318,11 +316,11 @@ def order_of(run: Run) -> Order:
     )
 
 
-def train_batches(run: Run, *, start_step: int) -> Iterator[imagenet_dataset.Batch]:
-    """Yield this rank's microbatches from update `start_step` to the end of the run."""
-    data, train = run.config.dataset, run.config.dataset.train
-    transform = augment.train_transform(
-        img_size=models.height_width(run.config.model.vit.img_size),
+def train_transform(config: Config) -> Transform:
+    """Return what turns an image into uint8 of the network's size, by chance."""
+    data, train = config.dataset, config.dataset.train
+    return augment.train_transform(
+        img_size=models.height_width(config.model.vit.img_size),
         scale=(train.crop_scale[0], train.crop_scale[1]),
         ratio=(train.crop_ratio[0], train.crop_ratio[1]),
         crop=train.crop,
@@ -332,9 +330,14 @@ def train_batches(run: Run, *, start_step: int) -> Iterator[imagenet_dataset.Bat
         interpolation=train.interpolation or data.interpolation,
         mean=data.mean,
     )
+
+
+def train_batches(run: Run, *, start_step: int) -> Iterator[imagenet_dataset.Batch]:
+    """Yield this rank's microbatches from update `start_step` to the end of the run."""
+    data, train = run.config.dataset, run.config.dataset.train
     loader = imagenet_dataset.train_loader(
         _reader(run.config, run.train_index, is_scaled=train.scaled_decode),
-        transform=transform,
+        transform=train_transform(run.config),
         timeout_s=data.timeout_s,
         is_reused=True,  # normalising copies
         order=order_of(run),

@@ -30,7 +30,7 @@ import assemble
 import compose
 import distributed
 import train
-from benchmarks import common, loader, steps
+from benchmarks import common, jpegs, steps
 from imagenet_dataset import Batch
 
 SYNTHETIC, ALONE, FED = "synthetic", "loader alone", "fed"
@@ -42,8 +42,8 @@ Block = Callable[[int], None]
 def make_images(root: Path, count: int) -> None:
     """Write an ImageFolder of JPEGs, training and validation, on all cores."""
     paths = [
-        root / split / f"n{number % loader.CLASSES:08d}" / f"{number}.JPEG"
-        for split, images in (("train", count), ("val", loader.CLASSES))
+        root / split / f"n{number % jpegs.CLASSES:08d}" / f"{number}.JPEG"
+        for split, images in (("train", count), ("val", jpegs.CLASSES))
         for number in range(images)
     ]
     for path in paths:
@@ -53,7 +53,7 @@ def make_images(root: Path, count: int) -> None:
 
 
 def _write(path: Path, seed: int) -> None:
-    loader.picture(seed).save(path, quality=loader.QUALITY)
+    jpegs.picture(seed).save(path, quality=jpegs.QUALITY)
 
 
 def wait(device: torch.device) -> None:
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         f"device={device}",
         "model.backend=torch",
         f"model.compile={str(not o.dry).lower()}",
-        f"model.vit.num_classes={loader.CLASSES}",
+        f"model.vit.num_classes={jpegs.CLASSES}",
         f"dataset.train.batch_size={o.batch}",
         "dataset.train.mixup=0",
         "dataset.train.auto_augment=null",

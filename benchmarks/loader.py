@@ -9,8 +9,10 @@ no worker waits for another, as in a long epoch. Before anything is timed, both 
 crop of every file and must agree within the difference of their resizing.
 Rows:
   torchvision            ImageFolder + DataLoader as its tutorials have it, Pillow
+  torchvision, tensors   the same with torchvision's decode_image and transforms.v2
   moevit, <decoder>      Feed over train_loader; "tar": the same images in shards
-  decode only, <decoder> all pixels of each file, one process: the floor times the number of cores
+  decode only, <decoder> all pixels of each file, one process: the floor times the number of cores;
+                         simplejpeg and PyTurboJPEG where they are installed
 
 `images_per_s` is by the wall clock, `cpu_ms` the time of all processes per image, which other work
 on the machine disturbs less; `of_floor` is the decoder's own cpu_ms / cpu_ms, and by the wall clock
@@ -20,8 +22,9 @@ images_per_s / (cores x decode-only images_per_s).
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
-import io
+import os
 import resource
 import statistics
 import subprocess
@@ -31,7 +34,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,56 +41,29 @@ from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
 from augment import Normaliser, Transform, train_transform
 from benchmarks import common
-from cropping import resize
-from decoding import pick_decoder, read_header, rgb, rgb_of_box
+from benchmarks.decoders import Timing, decode_runs, scaled_gain
+from benchmarks.jpegs import QUALITY, SIZE, make_images
+from decoding import pick_decoder
 from feed import Feed, Tolerance
 from image_reader import ImageReader
 from imagenet_dataset import train_loader
 from layouts import index_images
 
-LARGE = (1000, 750)
-SIZE, QUALITY, CLASSES, BATCH, CROP = (500, 375), 90, 10, 64, 224
+BATCH, CROP = 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OCTAVES = {4: 60, 16: 40, 64: 30, 250: 14}  # cells across -> amplitude, about as in photographs
-GRAIN = 13  # levels of noise: with it a file has 100 kB, about as in ImageNet (110 kB)
 EDGE = 8  # batches at both ends of a pass that are not timed
+PACKAGES = ("nvidia-nvimgcodec-cu13", "pillow", "torchvision", "simplejpeg", "PyTurboJPEG")
+DECODERS = {"torchvision": "pillow", "torchvision, tensors": "torchvision"}  # of the rivals
 
 
-class Timing(NamedTuple):
-    """Milliseconds per image."""
-
-    wall_ms: float
-    cpu_ms: float
-
-
-def picture(seed: int) -> Image.Image:
-    """Return noise with the falling spectrum of a photograph."""
-    rng = np.random.default_rng(seed)
-    pixels_HWC = np.full((SIZE[1], SIZE[0], 3), 128.0)
-    for cells, amplitude in OCTAVES.items():
-        coarse = rng.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8)
-        smooth = Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)
-        pixels_HWC += (np.asarray(smooth, dtype=float) - 128) * (amplitude / 100)
-    pixels_HWC += rng.normal(0, GRAIN, (SIZE[1], SIZE[0], 1))
-    return Image.fromarray(np.clip(pixels_HWC, 0, 255).astype(np.uint8))
-
-
-def make_images(root: Path, count: int) -> None:
-    """Write an ImageFolder of `count` JPEGs."""
-    for number in range(count):
-        path = root / "train" / f"n{number % CLASSES:08d}" / f"{number}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(number).save(path, quality=QUALITY)
-
-
-def rival(root: Path, workers: int, *, steps: int) -> DataLoader:
-    """Return torchvision's loader."""
-    transform = transforms.Compose(
+def of_pillow() -> Callable:
+    """Return torchvision's transform as its tutorials have it."""
+    return transforms.Compose(
         [
             transforms.RandomResizedCrop(CROP),
             transforms.RandomHorizontalFlip(),
@@ -96,7 +71,27 @@ def rival(root: Path, workers: int, *, steps: int) -> DataLoader:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    images = ImageFolder(root / "train", transform)
+
+
+def of_tensors() -> Callable:
+    """Return torchvision's fastest: of uint8 tensors, which become float at the end."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(CROP, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def read_tensor(path: str) -> torch.Tensor:
+    """Read an image as torchvision does without Pillow."""
+    return decode_image(path, mode=ImageReadMode.RGB)
+
+
+def rival(images: ImageFolder, workers: int, *, steps: int) -> DataLoader:
+    """Return torchvision's loader."""
     return DataLoader(
         images,
         batch_size=BATCH,
@@ -119,11 +114,13 @@ def our_transform(*, hflip: float) -> Transform:
     )
 
 
-def ours(root: Path, workers: int, *, decoder: str, steps: int) -> Feed:
+def ours(
+    root: Path, workers: int, *, decoder: str, steps: int, transform: Transform | None = None
+) -> Feed:
     """Return our loader for as many batches, on the CPU."""
     loader = train_loader(
         ImageReader(index_images(root, "train"), decoder=decoder),
-        transform=our_transform(hflip=0.5),
+        transform=transform or our_transform(hflip=0.5),
         batch_size=BATCH,
         grad_accum_steps=1,
         start_step=0,
@@ -184,12 +181,17 @@ def workers_cpu_s(iterator: object) -> float:
     return total
 
 
-def timed(loader: DataLoader | Feed) -> Timing:
-    """Time one pass: all of it by the CPU's clock, its middle by the wall's."""
+def timed(loader: DataLoader | Feed, finish: Callable | None = None) -> Timing:
+    """Time one pass: all of it by the CPU's clock, its middle by the wall's.
+
+    `finish` is what is left to do to a batch.
+    """
     inner = loader.loader if isinstance(loader, Feed) else loader
     used = cpu_s() + workers_cpu_s(inner._iterator)
     moments, count = [time.perf_counter()], 0
     for batch in loader:
+        if finish is not None:
+            finish(batch)
         moments.append(time.perf_counter())
         count += len(batch[0])
     used = cpu_s() + workers_cpu_s(inner._iterator) - used
@@ -199,72 +201,16 @@ def timed(loader: DataLoader | Feed) -> Timing:
     return Timing(1000 * wall_s, 1000 * used / count)
 
 
-def decode_all(files: list[bytes], decoder: str) -> Callable[[], Timing]:
-    """Return a run that decodes every pixel of every file in this process."""
-
-    def run() -> Timing:
-        start, used = time.perf_counter(), time.process_time()
-        for data in files:
-            rgb(read_header(data, decoder=decoder))
-        wall_s, used = time.perf_counter() - start, time.process_time() - used
-        return Timing(1000 * wall_s / len(files), 1000 * used / len(files))
-
-    return run
-
-
-def decode_all_by_torchvision(files: list[bytes]) -> Callable[[], Timing]:
-    """Return the same with torchvision's own decoder, for comparison."""
-    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
-
-    def run() -> Timing:
-        start, used = time.perf_counter(), time.process_time()
-        for data in encoded:
-            decode_jpeg(data, mode=ImageReadMode.RGB)
-        wall_s, used = time.perf_counter() - start, time.process_time() - used
-        return Timing(1000 * wall_s / len(files), 1000 * used / len(files))
-
-    return run
-
-
-def scaled_gain(decoder: str, *, repeats: int = 30) -> dict[str, object]:
-    """Compare a crop of 900 x 700 of a larger image, decoded whole and at half its size."""
-    sink = io.BytesIO()
-    picture(0).resize(LARGE, Image.Resampling.BICUBIC).save(sink, "JPEG", quality=QUALITY)
-    box, size, mode = (20, 40, 700, 900), (CROP, CROP), InterpolationMode.BILINEAR
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for number in range(2 * repeats):
-        is_scaled = bool(number % 2)
-        start = time.process_time()
-        source = read_header(sink.getvalue(), decoder=decoder, is_scaled=is_scaled)
-        resize(rgb_of_box(source, box, at_least=size), size, mode=mode)
-        times[is_scaled].append(1000 * (time.process_time() - start))
-    whole, scaled = (
-        resize(
-            rgb_of_box(
-                read_header(sink.getvalue(), decoder=decoder, is_scaled=is_scaled),
-                box,
-                at_least=size,
-            ),
-            size,
-            mode=mode,
-        ).int()
-        for is_scaled in (False, True)
-    )
-    return {
-        "image": LARGE,
-        "box": box,
-        "whole_ms": round(statistics.median(times[False]), 3),
-        "scaled_ms": round(statistics.median(times[True]), 3),
-        "mean_levels_apart": round((whole - scaled).abs().double().mean().item(), 3),
-        "max_levels_apart": int((whole - scaled).abs().max()),
-    }
-
-
 def build(root: Path, shards: Path, *, workers: int, steps: int) -> dict[str, Callable[[], Timing]]:
     """Return the timed run of each row."""
     best = pick_decoder("auto")[0]
     decoders = sorted({best, "pillow"})
-    loaders: dict[str, DataLoader | Feed] = {"torchvision": rival(root, workers, steps=steps)}
+    folder = ImageFolder(root / "train", of_pillow())
+    tensors = ImageFolder(root / "train", of_tensors(), loader=read_tensor)
+    loaders: dict[str, DataLoader | Feed] = {
+        "torchvision": rival(folder, workers, steps=steps),
+        "torchvision, tensors": rival(tensors, workers, steps=steps),
+    }
     for decoder in decoders:
         loaders[f"moevit, {decoder}"] = ours(root, workers, decoder=decoder, steps=steps)
     loaders[f"moevit, {best}, tar"] = ours(shards, workers, decoder=best, steps=steps)
@@ -272,11 +218,7 @@ def build(root: Path, shards: Path, *, workers: int, steps: int) -> dict[str, Ca
     for name, loader in loaders.items():
         runs[name] = partial(timed, loader)
     paths = sorted((root / "train").rglob("*.JPEG"))
-    files = [path.read_bytes() for path in paths]
-    for decoder in decoders:
-        runs[f"decode only, {decoder}"] = decode_all(files, decoder)
-    runs["decode only, torchvision"] = decode_all_by_torchvision(files)
-    return runs
+    return runs | decode_runs([path.read_bytes() for path in paths], decoders)
 
 
 def measure(runs: dict[str, Callable[[], Timing]], *, rounds: int) -> dict[str, list[Timing]]:
@@ -290,7 +232,7 @@ def measure(runs: dict[str, Callable[[], Timing]], *, rounds: int) -> dict[str, 
     return found
 
 
-def summarise(found: dict[str, list[Timing]], *, workers: int) -> list[common.Row]:
+def summarise(found: dict[str, list[Timing]], *, cores: int) -> list[common.Row]:
     """Return a row per loader: medians, and ratios within a round."""
     rows: list[common.Row] = []
     rival_ms = found["torchvision"]
@@ -302,17 +244,17 @@ def summarise(found: dict[str, list[Timing]], *, workers: int) -> list[common.Ro
             "cpu_ms": round(cpu_ms, 3),
         }
         if not name.startswith("decode"):
-            decoder = name.split(", ")[1] if "," in name else "pillow"
-            floor_ms = found[f"decode only, {decoder}"]
-            row["over_torchvision"] = _ratio(rival_ms, pairs, 0)
-            row["over_torchvision_cpu"] = _ratio(rival_ms, pairs, 1)
-            row["of_floor"] = round(_ratio(floor_ms, pairs, 0) / workers, 3)
-            row["of_floor_cpu"] = _ratio(floor_ms, pairs, 1)
+            floor_ms = found[f"decode only, {DECODERS.get(name) or name.split(', ')[1]}"]
+            row["over_torchvision"] = ratio(rival_ms, pairs, 0)
+            row["over_torchvision_cpu"] = ratio(rival_ms, pairs, 1)
+            row["of_floor"] = round(ratio(floor_ms, pairs, 0) / cores, 3)
+            row["of_floor_cpu"] = ratio(floor_ms, pairs, 1)
         rows.append(row)
     return rows
 
 
-def _ratio(theirs: list[Timing], ours: list[Timing], clock: int) -> float:
+def ratio(theirs: list[Timing], ours: list[Timing], clock: int) -> float:
+    """Return the median over rounds of theirs / ours, by a clock: 0 the wall's, 1 the CPU's."""
     pairs = zip(theirs, ours, strict=True)
     return round(statistics.median(a[clock] / b[clock] for a, b in pairs), 3)
 
@@ -324,7 +266,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it with what is needed to repeat it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=640)
@@ -332,7 +274,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-loader.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root, shards = Path(folder) / "images", Path(folder) / "shards"
@@ -346,7 +288,8 @@ def main() -> None:
         steps = arguments.images * arguments.epochs // BATCH
         runs = build(root, shards, workers=arguments.workers, steps=steps)
         found = measure(runs, rounds=arguments.rounds)
-    rows = summarise(found, workers=arguments.workers)
+    cores = len(os.sched_getaffinity(0))
+    rows = summarise(found, cores=cores)
     common.print_rows(rows)
     conditions = {
         "images": arguments.images,
@@ -355,10 +298,11 @@ def main() -> None:
         "size": SIZE,
         "quality": QUALITY,
         "workers": arguments.workers,
+        "cores": cores,
         "rounds": arguments.rounds,
         "pixel_levels_apart": levels,
         "scaled_decode": scaled_gain(pick_decoder("auto")[0]),
-        "decoders": {name: _version(name) for name in ("nvidia-nvimgcodec-cu13", "pillow")},
+        "decoders": {name: _version(name) for name in PACKAGES},
     }
     common.write("loader", out=arguments.out, conditions=conditions, rows=rows)
 

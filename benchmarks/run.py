@@ -78,7 +78,7 @@ PARTS = {
             "loader",
             "loader",
             110,
-            ("--images", "512", "--rounds", "4"),
+            ("--images", "512", "--rounds", "3"),
             dry=("--images", "64", "--epochs", "1", "--rounds", "2"),
             has_limit=False,
         ),

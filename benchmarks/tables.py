@@ -311,6 +311,13 @@ LOADER: list[Column] = [
     ("of the floor, wall", "of_floor"),
     ("of the floor, CPU", "of_floor_cpu"),
 ]
+LOADER_RECIPES: list[Column] = [
+    ("loader, recipe", "loader"),
+    ("images/s", "images_per_s"),
+    ("CPU ms per image", "cpu_ms"),
+    ("over timm, wall", "over_timm"),
+    ("over timm, CPU", "over_timm_cpu"),
+]
 OPTIMIZER: list[Column] = [
     ("update", "loop"),
     ("ms", "median_ms"),
@@ -339,6 +346,7 @@ TABLES: dict[str, Callable[[list[Part]], str]] = {
     "train_step": simple("train_step", STEP, note=conditions("train_step")),
     "scaling": simple("scaling", SCALING, note=conditions("scaling")),
     "loader": simple("loader", LOADER, note=conditions("loader")),
+    "loader recipes": simple("loader_recipes", LOADER_RECIPES, note=conditions("loader_recipes")),
     "moe": moe_table,
     "optimizer": simple("optimizer", OPTIMIZER, note=conditions("optimizer")),
     "checkpoint": simple("checkpoint_save", CHECKPOINT, note=conditions("checkpoint_save")),

@@ -19,6 +19,8 @@ from benchmarks import (
     common,
     fed,
     launch,
+    loader,
+    loader_recipes,
     optimizer,
     run,
     scaling,
@@ -343,6 +345,27 @@ def test_parts_write_what_the_tables_need(tmp_path):
     starts = ["loop", *(f"batch 2: {loop}" for loop in loops), "update", *updates]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == starts
     assert not [row for row in rows if "|  |" in row], "no cell is empty"
+
+
+def loaders(folder):
+    for part in (loader, loader_recipes):
+        out = str(folder / f"{part.__name__}.json")
+        part.main(["--images", "64", "--epochs", "1", "--rounds", "1", "--out", out])
+
+
+def test_loaders_write_what_their_tables_need(tmp_path):
+    in_child(loaders, tmp_path)
+    parts = tables.read_parts(tmp_path)
+    made = {name: tables.TABLES[name](parts) for name in ("loader", "loader recipes")}
+    rows = {
+        name: [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+        for name, text in made.items()
+    }
+    assert {"| torchvision", "| torchvision, tensors"} < {row[0] for row in rows["loader"]}
+    assert [row[0] for row in rows["loader recipes"]] == [
+        f"| {side}, {recipe}" for recipe in loader_recipes.RECIPES for side in ("timm", "moevit")
+    ]
+    assert all("" not in row for row in rows["loader recipes"]), "no cell is empty"
 
 
 @pytest.mark.slow
