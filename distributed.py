@@ -146,6 +146,9 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
     """Join the process group, NCCL on CUDA and gloo on CPU, and leave it at the end.
 
     Without torchrun it is a group of one rank that needs no network port.
+
+    Raises:
+        OSError: There is no such place to meet, or another program is there.
     """
     rank, world_size, local_rank = launch_facts()
     world = World(rank, world_size, local_rank, pick_device(device, local_rank))
@@ -157,7 +160,14 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
     else:
         keep_freed_memory()
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as err:
+            where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise OSError(
+                f"MASTER_ADDR:MASTER_PORT={where}: rank {rank} of {world_size} cannot meet the "
+                f"others there: {str(err).strip().splitlines()[0]}"
+            ) from err
     else:
         dist.init_process_group(
             backend,

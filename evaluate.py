@@ -31,9 +31,11 @@ from torch import Tensor, nn
 import assemble
 import compose
 import distributed
+import feed
 import image_reader
 import models
 import scoring
+import stopping
 import weight_files
 from distributed import World
 from logbook import print_table
@@ -235,7 +237,11 @@ def run(arguments: argparse.Namespace) -> None:
     if not source.config:
         raise ValueError(f"{source.origin} has no options of a run: say --config-name NAME")
     config = restore(source, overrides)
-    with distributed.process_group(config.device, timeout_s=config.distributed.timeout_s) as world:
+    timeout_s = config.distributed.timeout_s
+    with (
+        distributed.process_group(config.device, timeout_s=timeout_s) as world,
+        feed.worker_losses(),
+    ):
         if world.is_main:
             source.print_notes()
         model = load_model(source, config, world.device)
@@ -279,4 +285,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopping.leave(main(sys.argv[1:]))

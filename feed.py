@@ -8,6 +8,7 @@ worker that dies or hangs stops the run.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,21 @@ from imagenet_dataset import BadImage, Batch
 Gather = Callable[[list[BadImage]], list[BadImage]]
 AGREE_EVERY = 32  # batches between two counts over all ranks
 LOADER = "DataLoader"  # how messages of torch about its workers begin
+
+
+@contextlib.contextmanager
+def worker_losses() -> Iterator[None]:
+    """Turn what torch raises wherever this process is when a loader's worker dies into an OSError.
+
+    Raises:
+        ChildProcessError: A worker died while no batch was waited for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(LOADER):
+            raise
+        raise ChildProcessError(f"data: {str(error).splitlines()[0].rstrip(' .')}") from error
 
 
 class Tolerance:

@@ -32,6 +32,7 @@ import compose
 import distillation
 import distributed
 import expert_load
+import feed
 import layers
 import moe
 import optim
@@ -50,7 +51,7 @@ from resume import Start, note_start, open_folder, open_logbook, resume
 from saver import Saver
 from schema import Config
 from scoring import NonFiniteError
-from stopping import EXIT_STOPPED, Stopped, StopSignals
+from stopping import EXIT_STOPPED, Stopped, StopSignals, leave
 
 EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 5, 69, 130
 
@@ -342,9 +343,12 @@ def main(argv: list[str]) -> int:
     """Run the command line; return the exit code and print one line for what a user did wrong."""
     try:
         config = parse(argv)
-        with distributed.process_group(
-            config.device, timeout_s=config.distributed.timeout_s
-        ) as world:
+        with (
+            distributed.process_group(
+                config.device, timeout_s=config.distributed.timeout_s
+            ) as world,
+            feed.worker_losses(),
+        ):
             train(config, world)
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
         if "--debug" in argv:
@@ -371,9 +375,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    if code:
-        # Not sys.exit: on CUDA the interpreter's end would wait for ranks that wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(main(sys.argv[1:]))

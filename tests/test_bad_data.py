@@ -19,6 +19,7 @@ from PIL import Image
 
 import assemble
 import decoding
+import feed
 import image_reader
 import tar_shards
 from augment import Normaliser, drawing_from, train_transform, val_transform
@@ -543,6 +544,16 @@ def test_a_stuck_worker_stops_the_run_within_the_timeout_and_is_named(root):
     with pytest.raises(TimeoutError, match=says):
         list(loaders(root, "val", transform=sleep_forever, num_workers=1, timeout_s=1.0))
     assert time.monotonic() - started < 20
+
+
+def test_a_worker_that_dies_while_no_batch_is_waited_for_is_one_line(root):
+    batches = iter(loaders(root, "val", num_workers=1, transform=sleep_forever).loader)
+    with pytest.raises(ChildProcessError, match=r"^data: DataLoader worker \(pid \d+\) is killed"):
+        with feed.worker_losses():
+            os.kill(batches._workers[0].pid, signal.SIGKILL)
+            time.sleep(20)
+    with pytest.raises(RuntimeError, match="another"), feed.worker_losses():
+        raise RuntimeError("another")
 
 
 def test_an_error_in_a_worker_reaches_the_main_process(root):

@@ -1,6 +1,7 @@
 """Launching, meshes, seeds and decisions taken together."""
 
 import platform
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,23 @@ def test_half_an_environment_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("127.0.0.1", "EADDRINUSE|in use"), ("no-such-host.invalid", "host|name")],
+)
+def test_no_place_to_meet_is_an_error_with_its_variables(monkeypatch, address, reason):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        facts = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}
+        for name, value in {**facts, "MASTER_ADDR": address}.items():
+            monkeypatch.setenv(name, str(value))
+        says = rf"MASTER_ADDR:MASTER_PORT={address}:{port}: rank 0 of 1 cannot .*({reason})"
+        with pytest.raises(OSError, match=says), distributed.process_group("cpu", timeout_s=2):
+            pass
+
+
 def test_cuda_that_is_missing_is_refused_and_auto_takes_the_cpu():
     with pytest.raises(ValueError, match=r"config device=cuda: local rank 0 has no CUDA device, 0"):
         distributed.pick_device("cuda", 0)

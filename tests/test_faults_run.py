@@ -1,5 +1,6 @@
 """A whole run that is hurt: disk full, weights that are not finite, asked to stop, folder gone."""
 
+import contextlib
 import json
 import os
 import re
@@ -504,6 +505,17 @@ def test_a_closed_stdout_does_not_end_the_run(ranks, small_run, tmp_path):
     assert len(events(tmp_path / "run", "train")) == 2
 
 
+def exit_code(pid, *, within_s):
+    """The exit code of a child that ends in time."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    raise TimeoutError(f"process {pid} runs after {within_s} s")
+
+
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=str)
 def test_a_lost_rank_is_named_by_the_others(image_folder, tmp_path, capfd, monkeypatch, number):
     """One hangs, or is gone: one line says at which step and in which collective."""
@@ -529,11 +541,20 @@ def test_a_lost_rank_is_named_by_the_others(image_folder, tmp_path, capfd, monke
         pids.append(os.fork())
         if pids[-1] == 0:
             train.train_step = step_and_vanish
-            os._exit(train.main(argv))
-    assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 69
-    if number == signal.SIGSTOP:
-        os.kill(pids[1], signal.SIGCONT)
-    left = os.waitstatus_to_exitcode(os.waitpid(pids[1], 0)[1])
+            try:
+                os._exit(train.main(argv))
+            finally:  # an error must not go on as a second pytest
+                os._exit(1)
+    try:
+        assert exit_code(pids[0], within_s=120) == 69
+        if number == signal.SIGSTOP:
+            os.kill(pids[1], signal.SIGCONT)
+        left = exit_code(pids[1], within_s=60)
+    except TimeoutError:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
     assert left == (69 if number == signal.SIGSTOP else -signal.SIGKILL)
     error = capfd.readouterr().err
     assert re.search(r"error \(rank 0\): at step 3: \w+ failed: [^;]+; another rank is gone", error)
