@@ -7,6 +7,7 @@ logits_2BY of the student's heads -> (1 - alpha) loss(class head) + alpha loss(s
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from assemble import Criterion, Run
 from distributed import World
 from schema import Config
 from vit import VisionTransformer
-from weight_sources import Choice, read_source
+from weight_sources import Choice, other_classes, read_source
 
 Rgb = Sequence[float]
 
@@ -57,7 +58,9 @@ class Teacher(nn.Module):
         return self.model(image_BCHW)
 
 
-def _of_ours(path: Path, config: Config, device: torch.device) -> tuple[nn.Module, Rgb, Rgb]:
+def _of_ours(
+    path: Path, config: Config, device: torch.device, *, classes: Sequence[str]
+) -> tuple[nn.Module, Rgb, Rgb]:
     """Return the network of a checkpoint of ours, and its mean and std."""
     hint = "is it the file of a model of timm? then name that, with teacher_checkpoint"
     try:
@@ -66,6 +69,8 @@ def _of_ours(path: Path, config: Config, device: torch.device) -> tuple[nn.Modul
         raise ValueError(f"config distillation.teacher={path}: {error} ({hint})") from error
     if dist.get_rank() == 0:
         source.print_notes()
+        if others := other_classes(source.classes, classes):
+            print(f"note: distillation.teacher={path}: {others}", file=sys.stderr)
     if not source.config:
         raise ValueError(f"config distillation.teacher={path}: has no options of a run ({hint})")
     trained = compose.restore(source.config, [])
@@ -97,8 +102,10 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, Rgb, Rgb]:
     return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
-def build_teacher(config: Config, world: World) -> Teacher:
+def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) -> Teacher:
     """Return the teacher of a run, on its device in its compute dtype.
+
+    `classes` are the ids of the student's, which the teacher's are compared with if it has any.
 
     Raises:
         ValueError: It cannot be loaded, or has other classes than the student.
@@ -112,7 +119,7 @@ def build_teacher(config: Config, world: World) -> Teacher:
                 f"config distillation.teacher_checkpoint={d.teacher_checkpoint}: has no effect "
                 f"with teacher={path}, which is a checkpoint"
             )
-        model, mean, std = _of_ours(path, config, world.device)
+        model, mean, std = _of_ours(path, config, world.device, classes=classes)
     else:
         model, mean, std = _of_timm(d.teacher, config)
     dtype = models.pick_dtype(config.model.dtype, world.device)
@@ -156,6 +163,6 @@ def with_teacher(run: Run) -> Run:
     student = run.model.get_submodule("module")
     assert isinstance(student, VisionTransformer), "what assemble.prepare shards"
     student.distilled_training = True
-    teacher = build_teacher(run.config, run.world)
+    teacher = build_teacher(run.config, run.world, classes=run.train_index.classes)
     criterion = distilled_criterion(run.criterion, teacher, kind=d.kind, alpha=d.alpha, tau=d.tau)
     return dataclasses.replace(run, criterion=criterion, teacher_flops=teacher.flops_per_image)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +41,15 @@ import weight_files
 from distributed import World
 from logbook import print_table
 from schema import Config, walk
-from weight_sources import BEST, Choice, Source, name_options, picked_metric, read_source
+from weight_sources import (
+    BEST,
+    Choice,
+    Source,
+    name_options,
+    other_classes,
+    picked_metric,
+    read_source,
+)
 
 EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 69, 130
 GUESSES = 5
@@ -130,9 +139,16 @@ def by_class(sums_Y4: Tensor, classes: list[str]) -> dict[str, dict[str, float]]
     return found
 
 
-def score(model: nn.Module, config: Config, world: World) -> dict[str, object]:
-    """Return the figures over all validation images, and by class. Collective."""
+def score(
+    model: nn.Module, config: Config, world: World, *, trained: Sequence[str]
+) -> dict[str, object]:
+    """Return the figures over all validation images, and by class. Collective.
+
+    `trained` are the classes' ids in training, if they are known.
+    """
     index = assemble.find_val_images(config, world)
+    if world.is_main and (others := other_classes(trained, index.classes)):
+        print(f"note: {index.root}: {others}")
     num_classes = len(index.classes)
     sums_Y4 = scoring.score(
         model,
@@ -186,14 +202,14 @@ def predict(
     return found
 
 
-def read_names(path: Path | None, num_classes: int) -> list[str]:
-    """Return the classes' names, one per line of `path`; their numbers without it.
+def read_names(path: Path | None, num_classes: int, ids: Sequence[str]) -> list[str]:
+    """Return the classes' names, one per line of `path`; without it their ids, else numbers.
 
     Raises:
         ValueError: The file has another number of lines.
     """
     if path is None:
-        return [str(number) for number in range(num_classes)]
+        return list(ids) or [str(number) for number in range(num_classes)]
     names = path.read_text("utf-8").splitlines()
     if len(names) != num_classes:
         raise ValueError(f"--names {path}: must have {num_classes} lines, not {len(names)}")
@@ -247,7 +263,7 @@ def run(arguments: argparse.Namespace) -> None:
         model = load_model(source, config, world.device)
         result: dict[str, object]
         if arguments.images:
-            names = read_names(arguments.names, config.model.vit.num_classes)
+            names = read_names(arguments.names, config.model.vit.num_classes, source.classes)
             guesses = predict(model, config, arguments.images, names)
             result = dict(guesses)
             if world.is_main:
@@ -255,7 +271,7 @@ def run(arguments: argparse.Namespace) -> None:
                     shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs)
                     print(f"{path}: {shown}")
         else:
-            result = score(model, config, world)
+            result = score(model, config, world, trained=source.classes)
             if world.is_main:
                 print_scores(result, origin=source.origin, per_class=arguments.per_class)
         if arguments.json and world.is_main:

@@ -10,14 +10,16 @@ SOURCE, recognised by what it is:
     a folder of FastMoE         0.pth, 1.pth, ... or <stem>_rank0.pth, ...: joined
 
 FORMAT:
-    torch         {"model": weights, "config": options}, for checkpoint.load_torch_checkpoint
+    torch         {"model": weights, "config": options, "classes": ids}, for
+                  checkpoint.load_torch_checkpoint
     timm          for timm.create_model(..., checkpoint_path=PATH); prints the call; dense only
     safetensors   a file, or a folder with files of up to --max-shard-gb and an index
     mtl           mtl_latest_global.pth (--pick best: mtl_best_global.pth) in the folder PATH, for
                   M3ViT's multi-task training: all experts, no head
     dcp           a checkpoint of the weights alone, from which a training run can start
 
-Files of ours carry the options of their run, so number of heads and routing are not guessed. For a
+Files of ours carry the options of their run, so number of heads and routing are not guessed, and
+the ids of its classes. For a
 file that has none, --config-name and overrides as for train.py say what it is; names and shapes
 are then held to that model.
 
@@ -148,23 +150,23 @@ def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
     Raises:
         ValueError: The format cannot express the model; the parameter or the option is named.
     """
-    config_json = json.dumps(source.config)
+    about = {"config": json.dumps(source.config)}
+    if source.classes:
+        about["classes"] = json.dumps(source.classes)
     if to == "mtl":
         file = _mtl_file(source)
         weight_files.write_pickle(path, {"state_dict": file.weights, "meta": dict(file.meta)})
         return
     weights = source.weights()
     if to == "torch":
-        weight_files.write_pickle(path, {"model": weights, "config": config_json})
+        weight_files.write_pickle(path, {"model": weights, **about})
     elif to == "timm":
-        content = {"state_dict": formats.to_timm(weights), "config": config_json}
-        weight_files.write_pickle(path, content)
+        weight_files.write_pickle(path, {"state_dict": formats.to_timm(weights), **about})
     elif to == "safetensors":
-        weight_files.write_safetensors(
-            path, weights, metadata={"config": config_json}, max_bytes=max_bytes
-        )
+        weight_files.write_safetensors(path, weights, metadata=about, max_bytes=max_bytes)
     else:
-        weight_files.write_dcp(path, weights, config=source.config)
+        about_run = {"config": source.config, "classes": source.classes}
+        weight_files.write_dcp(path, weights, about=about_run)
 
 
 def notes(source: Source, path: Path, *, to: str) -> list[str]:

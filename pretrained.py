@@ -25,14 +25,14 @@ from assemble import Run
 from dcp_writer import outcome_of, tell_all
 from formats import MtlFile, Weights
 from logbook import Logbook
-from provenance import Initial
+from provenance import LOADED, Initial
 from schema import Config
 from upcycling import ExpertFacts, Plan
 from vit import VisionTransformer
 from warm_start import Target
-from weight_sources import Choice, Source, read_source
+from weight_sources import Choice, Source, other_classes, read_source
 
-TABLE = "init.txt"
+TABLE, HEAD = "init.txt", "head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +43,21 @@ class Pretrained:
     origin: str
     num_heads: int | None
     grid_hw: tuple[int, int] | None
+    classes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """What a run began with; `origin` and `num_heads` are of the checkpoint, if there was one."""
+    """What a run began with; `origin` and `num_heads` are of the checkpoint, if there was one.
+
+    `other_classes` says where its head, which is used, has classes of other ids.
+    """
 
     mode: str
     initial: Initial
     origin: str | None = None
     num_heads: int | None = None
+    other_classes: str | None = None
 
 
 def _pair(value: object) -> tuple[int, int] | None:
@@ -125,6 +130,7 @@ def read(checkpoint: str) -> Pretrained:
             source.origin,
             heads if isinstance(heads, int) else None,
             _grid(options.get("img_size"), options.get("patch_size")),
+            source.classes,
         )
     if timm.is_model(checkpoint):
         return _from_timm(checkpoint)
@@ -235,7 +241,9 @@ def begin(run: Run) -> Beginning:
     _install(run, initial, origin=origin)
     left_out = [*initial.left_out, *(name for name in found.weights if name not in weights)]
     initial = dataclasses.replace(initial, left_out=left_out)
-    return Beginning(mode, initial, found.origin, found.num_heads)
+    has_head = any(entry.name == HEAD and entry.origin == LOADED for entry in initial.entries)
+    others = other_classes(found.classes, run.train_index.classes) if has_head else None
+    return Beginning(mode, initial, found.origin, found.num_heads, others)
 
 
 def note(run: Run, logbook: Logbook, beginning: Beginning | None) -> None:
@@ -264,5 +272,7 @@ def note(run: Run, logbook: Logbook, beginning: Beginning | None) -> None:
     )
     for origin, names in beginning.initial.by_origin().items():
         logbook.event("init_tensors", origin=origin, names=names)
+    if beginning.other_classes:
+        logbook.event("init_classes", note=beginning.other_classes)
     if beginning.initial.left_out:
         logbook.event("init_not_used", names=beginning.initial.left_out)

@@ -52,6 +52,7 @@ def facts(
         "seed": run.config.training.seed,
         "train_images": len(run.train_index.paths),
         "dataset_sha256": image_index.digest(run.train_index),
+        "classes": list(run.train_index.classes),
         "bad_images": sorted(run.bad_images),
         "world_size": run.world.size,
         "metrics": dict(figures),

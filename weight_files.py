@@ -257,13 +257,16 @@ def read_dcp(folder: Path, tree: str) -> Weights:
     return {key.removeprefix(f"{tree}."): tensor for key, tensor in tensors.items()}
 
 
-def write_dcp(folder: Path, weights: Weights, *, config: Json) -> None:
-    """Write a checkpoint of weights alone: a state of step 0 and a manifest, no optimizer."""
+def write_dcp(folder: Path, weights: Weights, *, about: Json) -> None:
+    """Write a checkpoint of weights alone: a state of step 0 and a manifest, no optimizer.
+
+    `about` is what the state says of them besides.
+    """
     with in_place_of(folder) as partial, _alone(folder):
         writer = FileSystemWriter(partial, thread_count=1, sync_files=True)
         state_dict_saver.save({"model": weights}, storage_writer=writer, no_dist=True)
         version = {"schema_version": SCHEMA_VERSION}
-        state = {**version, "step": 0, "metrics": {}, "config": config}
+        state = {**version, "step": 0, "metrics": {}, **about}
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import checkpoint
@@ -32,14 +32,15 @@ BEST = "-val_loss"
 class Source:
     """What was read: our weights or a file of M3ViT, and the options of the run, {} if unknown.
 
-    `passed_over` says which checkpoints of the run would have been chosen, and what is wrong with
-    them.
+    `classes` are the ids of the classes that were trained, () if unknown. `passed_over` says which
+    checkpoints of the run would have been chosen, and what is wrong with them.
     """
 
     content: Weights | MtlFile
     config: Json
     origin: str
     passed_over: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     def weights(self) -> Weights:
         """Return the weights by our names."""
@@ -119,6 +120,30 @@ def _our_options(value: object) -> Json:
     return value if is_ours else {}  # type: ignore[return-value]
 
 
+def _class_ids(value: object) -> tuple[str, ...]:
+    """Return the class ids of a list, or of one in JSON; () of anything else."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        return ()
+    return tuple(found)
+
+
+def other_classes(trained: Sequence[str], given: Sequence[str]) -> str | None:
+    """Say where the classes of weights are not those of a dataset; None: nowhere, or unknown."""
+    pairs = enumerate(zip(trained, given, strict=False))
+    differing = [(number, *pair) for number, pair in pairs if pair[0] != pair[1]]
+    if not differing:
+        return None
+    number, theirs, ours = differing[0]
+    return (
+        f"{len(differing)} of {len(given)} classes were others in training: "
+        f"class {number} was {theirs}, is {ours}"
+    )
+
+
 def _parse_options(text: object) -> Json:
     try:
         return _our_options(json.loads(text)) if isinstance(text, str) else {}
@@ -128,7 +153,8 @@ def _parse_options(text: object) -> Json:
 
 def _read_checkpoint(found: Checkpoint, choice: Choice) -> Source:
     weights = weight_files.read_dcp(found.folder, choice.weights)
-    return Source(weights, _our_options(found.state.get("config")), str(found.folder))
+    options, classes = _our_options(found.state.get("config")), found.state.get("classes")
+    return Source(weights, options, str(found.folder), classes=_class_ids(classes))
 
 
 def _read_run(folder: Path, choice: Choice) -> Source:
@@ -177,8 +203,8 @@ def _read_pickle(path: Path, choice: Choice) -> Source:
     found = holder.get("meta")
     meta = found if isinstance(found, dict) and "expert_format" in found else {}
     if not meta and not formats.is_m3vit(weights):
-        config = _parse_options(holder.get("config"))
-        return Source(formats.from_timm(weights), config, str(path))
+        config, classes = _parse_options(holder.get("config")), _class_ids(holder.get("classes"))
+        return Source(formats.from_timm(weights), config, str(path), classes=classes)
     encoder, _ = formats.encoder_of(weights)
     if problem := formats.missing_experts(encoder):
         raise ValueError(f"file {path}: {problem}: {_local_advice(path)}")
@@ -231,8 +257,8 @@ def read_source(path: Path, choice: Choice) -> Source:
     if choice.weights == "ema":
         raise ValueError(f"--weights ema: {path} has one set of weights; leave it out")
     weights, metadata = weight_files.read_safetensors(path)
-    config = _parse_options(metadata.get("config"))
-    return Source(formats.from_timm(weights), config, str(path))
+    config, classes = _parse_options(metadata.get("config")), _class_ids(metadata.get("classes"))
+    return Source(formats.from_timm(weights), config, str(path), classes=classes)
 
 
 def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:

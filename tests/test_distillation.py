@@ -282,7 +282,11 @@ def test_mfu_counts_the_forward_pass_of_the_teacher(ranks, small_run, resnet_fil
     assert line["mfu_percent"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_run_of_ours_can_teach(ranks, small_run, resnet_file, tmp_path):
+def built_for(world, config, classes):
+    distillation.build_teacher(config, world, classes=classes)
+
+
+def test_run_of_ours_can_teach(ranks, small_run, resnet_file, tmp_path, capfd):
     folder = tmp_path / "teacher"
     lesson = small_run("training.steps=1", f"training.checkpoint.path={folder}")
     ranks(1, lambda world, config: train.train(config, world), lesson)
@@ -295,6 +299,12 @@ def test_run_of_ours_can_teach(ranks, small_run, resnet_file, tmp_path):
     )
     flops = models.build_model(lesson, backend="torch", on_meta=True).eval().flops_per_image()
     assert ranks(1, built, ours) == [("torch.float32", flops)]
+    capfd.readouterr()
+    ranks(1, built_for, ours, ["n00000000", "n00000001", "n00000002"])
+    assert "note" not in capfd.readouterr().err
+    ranks(1, built_for, ours, ["n00000000", "x", "n00000002"])
+    says = "1 of 3 classes were others in training: class 1 was n00000001, is x"
+    assert f"note: distillation.teacher={folder}: {says}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """evaluate.py: the scores of training, from every format, by class, and for single files."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +21,8 @@ import export
 import models
 import train
 from image_reader import decode_rgb
+from model_options import MoEOptions
+from schema import CheckpointOptions
 
 ROOT = Path(train.__file__).parent
 
@@ -123,6 +126,41 @@ def test_image_files_get_the_models_probabilities(ranks, trained, image_folder, 
     assert [name for name, _ in found[str(path)]] == [name for name, _ in expected]
     values = [value for _, value in found[str(path)]]
     assert values == pytest.approx([value for _, value in expected], rel=1e-5)
+
+
+CLASSES = ["n00000000", "n00000001", "n00000002"]
+
+
+@pytest.mark.parametrize("to", [None, "torch", "timm", "safetensors", "dcp"])
+def test_class_ids_go_with_the_weights(ranks, trained, image_folder, tmp_path, to):
+    source, _, config = trained
+    if to == "timm":  # dense only
+        options = dataclasses.replace(
+            config.training, checkpoint=CheckpointOptions(f"{tmp_path}/d")
+        )
+        model = dataclasses.replace(config.model, moe=MoEOptions())
+        config = dataclasses.replace(config, model=model, training=options)
+        ranks(1, lambda world: train.train(config, world))
+        source = tmp_path / "d"
+    if to is not None:
+        path = tmp_path / f"out{'.pt' if to in ('torch', 'timm') else ''}"
+        assert export.main([str(source), "--to", to, "--output", str(path)]) == 0
+        source = path
+    image = min((image_folder / "val").rglob("*.JPEG"))
+    found = evaluated(ranks, source, "--images", image, tmp_path=tmp_path)
+    assert sorted(name for name, _ in found[str(image)]) == CLASSES
+
+
+def test_classes_of_other_ids_are_said(ranks, trained, tmp_path, image_folder, capfd):
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other, ignore=shutil.ignore_patterns(".moevit-index"))
+    for split in ("train", "val"):
+        (other / split / CLASSES[1]).rename(other / split / "n00000001x")
+    evaluated(ranks, trained[0], f"dataset.val.root={other}", tmp_path=tmp_path)
+    says = "1 of 3 classes were others in training: class 1 was n00000001, is n00000001x"
+    assert capfd.readouterr().out.count(says) == 1
+    evaluated(ranks, trained[0], tmp_path=tmp_path)
+    assert "others in training" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -463,7 +463,7 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
     try:
         weight_files.write_safetensors(tmp_path / "s", WEIGHTS, metadata={}, max_bytes=900)
         weight_files.write_pickle(tmp_path / "x.pth", WEIGHTS)
-        weight_files.write_dcp(tmp_path / "d", WEIGHTS, config={})
+        weight_files.write_dcp(tmp_path / "d", WEIGHTS, about={})
     finally:
         os.umask(old)
     modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
@@ -483,7 +483,7 @@ def test_a_file_is_renamed_into_place_not_copied(tmp_path):
 def test_a_checkpoint_is_written_and_read_without_a_warning(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        weight_files.write_dcp(tmp_path / "d", WEIGHTS, config={})
+        weight_files.write_dcp(tmp_path / "d", WEIGHTS, about={})
         weight_files.read_dcp(tmp_path / "d", "model")
     assert not [str(w.message) for w in caught if "distributed is disabled" in str(w.message)]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import timm
@@ -636,6 +637,24 @@ def test_a_run_begins_from_another_runs_folder_and_compares_heads(ranks, small_r
     assert [e["origin"] for e in events(tmp_path / "other", "init_tensors")] == ["loaded"]
     with pytest.raises(pytest.fail.Exception, match="num_heads=4: must be 3, as in"):
         ranks(1, train_it, small_run(*second, f"{other}2", "model.vit.num_heads=4"))
+
+
+def test_a_run_says_that_the_head_it_begins_with_has_classes_of_other_ids(
+    ranks, small_run, tmp_path, image_folder
+):
+    ranks(1, train_it, small_run("training.steps=1"))
+    other = tmp_path / "renamed"
+    shutil.copytree(image_folder, other, ignore=shutil.ignore_patterns(".moevit-index"))
+    for split in ("train", "val"):
+        (other / split / "n00000002").rename(other / split / "n00000009")
+    again = ["training.steps=1", f"init.checkpoint={tmp_path / 'run'}"]
+    for root, notes in ((image_folder, 0), (other, 1)):
+        folder = tmp_path / f"second{notes}"
+        path = f"training.checkpoint.path={folder}"
+        ranks(1, train_it, small_run(*again, path, f"dataset.train.root={root}"))
+        said = [event["note"] for event in events(folder, "init_classes")]
+        says = "1 of 3 classes were others in training: class 2 was n00000002, is n00000009"
+        assert said == [says] * notes
 
 
 def begin_and_tell(world, config):
