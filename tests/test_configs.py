@@ -10,8 +10,10 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import assemble
 import compose
@@ -24,6 +26,7 @@ import train
 import validation
 import vit
 from model_options import MoEOptions, ViTOptions
+from schema import DistillationOptions, InitOptions
 
 ROOT = compose.CONFIG_DIR.parent
 FILES = sorted(compose.CONFIG_DIR.glob("*.yaml"))
@@ -39,6 +42,18 @@ M3VIT = {
     "vmoe_style_moe_small": (6, 8, 2, 2.0, 0.005),
     "vmoe_style_moe_base": (12, 8, 2, 2.0, 0.005),
 }
+# DeiT's, for other pixels: the recipe before, its pixels, those after, stochastic depth, top-1.
+TUNED = {
+    "deit_base_ft384": ("deit_base", 224, 384, 0.0, 82.9),
+    "deit3_base_ft224": ("deit3_base", 192, 224, 0.2, 83.8),
+    "deit3_large_ft224": ("deit3_large", 192, 224, 0.45, 84.9),
+    "deit3_huge_ft224": ("deit3_huge", 154, 224, 0.55, 85.2),
+    "deit3_small_ft384": ("deit3_small", 224, 384, 0.0, 83.4),
+    "deit3_base_ft384": ("deit3_base", 192, 384, 0.15, 85.0),
+    "deit3_large_ft384": ("deit3_large", 192, 384, 0.4, 85.8),
+}
+TUNED_DEIT3 = [name for name in TUNED if name.startswith("deit3")]
+DISTILLED_TOP1 = {"deit_tiny": 74.5, "deit_small": 81.2, "deit_base": 83.4}
 SMALL = ["model.vit.depth=1", "model.vit.embed_dim=48", "device=cpu", "dataset.num_workers=0"]
 
 
@@ -92,7 +107,10 @@ def count_active(model):
 def test_there_is_a_recipe_of_every_size():
     sizes = ["tiny_patch16", "small_patch16", "base_patch16", "large_patch16"]
     wanted = [f"vit_{kind}{size}_224" for kind in ("", "moe_") for size in sizes]
-    assert {*wanted, "vit_huge_patch14_224", *M3VIT} <= set(NAMES)
+    deit = [*DISTILLED_TOP1, *(f"{name}_distilled" for name in DISTILLED_TOP1)]
+    deit3 = [f"deit3_{size}" for size in ("small", "base", "large", "huge")]
+    wanted += ["vit_huge_patch14_224", *M3VIT, *deit, *deit3, *TUNED]
+    assert [name for name in wanted if name not in NAMES] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -261,17 +279,20 @@ def test_recipe_of_deit_3_has_its_values(name, lr, size, image, drop_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("size", "drop_path", "img_size", "top1"),
-    [("base", 0.2, 192, 83.8), ("large", 0.45, 192, 84.9), ("huge", 0.55, 154, 85.2)],
-)
-def test_fine_tuning_of_deit_3_at_224_has_its_values(size, drop_path, img_size, top1):
-    before, tuned = (compose.compose(f"deit3_{size}{end}", []) for end in ("", "_ft224"))
+@pytest.mark.parametrize("name", TUNED_DEIT3)
+def test_fine_tuning_of_deit_3_has_its_values(name):
+    source, px_before, px, drop_path, top1 = TUNED[name]
+    before, tuned = compose.compose(source, []), compose.compose(name, [])
     o, t, data = tuned.optimizer, tuned.training, tuned.dataset.train
-    assert before.model.vit.img_size == img_size
-    vit = dataclasses.replace(before.model.vit, img_size=224, drop_path_rate=drop_path)
+    assert before.model.vit.img_size == px_before
+    vit = dataclasses.replace(
+        before.model.vit,
+        img_size=px,
+        drop_path_rate=drop_path,
+        drop_path_uniform=drop_path > 0,  # uniform or not, no depth is dropped at 0
+    )
     assert tuned.model == dataclasses.replace(before.model, vit=vit)
-    assert tuned.init.checkpoint == before.training.checkpoint.path
+    assert tuned.init == InitOptions(checkpoint=before.training.checkpoint.path)
     batch = 8 * data.batch_size * t.grad_accum_steps
     assert (batch, round(t.steps * batch / IMAGENET_IMAGES, 3)) == (512, 20)
     assert round(o.warmup_steps * batch / IMAGENET_IMAGES, 3) == 5
@@ -281,28 +302,125 @@ def test_fine_tuning_of_deit_3_at_224_has_its_values(size, drop_path, img_size, 
     assert (data.auto_augment, data.color_jitter) == ("rand-m9-mstd0.5-inc1", 0)
     assert (data.reprob, data.repeats, data.mixup, data.cutmix) == (0, 1, 0.8, 1.0)
     assert (data.crop, data.crop_scale, tuned.dataset.val.crop_ratio) == ("rrc", [0.08, 1.0], 1.0)
-    assert f"Top-1: {top1} % (README_revenge.md)" in head(f"deit3_{size}_ft224")
+    assert f"Top-1: {top1} % (README_revenge.md)" in head(name)
+
+
+@pytest.mark.parametrize(("size", "ranks"), [("base", 16), ("large", 32)])
+def test_options_that_a_comment_names_give_the_microbatches_of_deit_3(size, ranks):
+    words = re.findall(r"\S+\.(?:batch_size|grad_accum_steps)=\d+", head(f"deit3_{size}_ft384"))
+    config = compose.compose(f"deit3_{size}_ft384", words)
+    accum = config.training.grad_accum_steps
+    assert (8 * accum, 8 * accum * config.dataset.train.batch_size) == (ranks, 512)
+    assert f"DeiT's command has {ranks} ranks of {512 // ranks}" in one_line(f"deit3_{size}_ft384")
+
+
+def test_fine_tuning_of_deit_at_384_has_its_values():
+    source, px_before, px, drop_path, top1 = TUNED["deit_base_ft384"]
+    before, tuned = compose.compose(source, []), compose.compose("deit_base_ft384", [])
+    o, t, data = tuned.optimizer, tuned.training, tuned.dataset.train
+    assert (before.model.vit.img_size, before.model.vit.drop_path_uniform) == (px_before, False)
+    vit = dataclasses.replace(before.model.vit, img_size=px, drop_path_rate=drop_path)
+    assert tuned.model == dataclasses.replace(before.model, vit=vit)
+    assert tuned.init == InitOptions(checkpoint=before.training.checkpoint.path)
+    batch = 8 * data.batch_size * t.grad_accum_steps
+    epoch = IMAGENET_IMAGES // 256 * 256 // batch
+    assert (batch, t.steps / epoch, o.warmup_steps / epoch) == (512, 30, 5)
+    assert (o.lr, o.base_batch, o.min_lr, o.warmup_lr) == (5e-6, None, 5e-6, 1e-6)
+    assert (o.name, o.betas, o.eps, o.weight_decay) == ("adamw", [0.9, 0.999], 1e-8, 1e-8)
+    assert (o.clip_norm, o.layer_decay) == (None, None)
+    assert (t.loss, t.label_smoothing, t.ema_decay) == ("ce", 0.1, 0.99996)
+    assert (data.auto_augment, data.color_jitter) == ("rand-m9-mstd0.5-inc1", 0)
+    assert (data.reprob, data.repeats, data.mixup, data.cutmix) == (0.25, 3, 0.8, 1.0)
+    assert (data.remode, data.recount) == ("pixel", 1)
+    assert (data.crop, data.crop_scale, tuned.dataset.val.crop_ratio) == ("rrc", [0.08, 1.0], 0.875)
+    assert f"Top-1: {top1} % in its repository" in head("deit_base_ft384")
+    assert "--no-train-mode" in head("deit_base_ft384")
+
+
+@pytest.mark.parametrize("name", DISTILLED_TOP1)
+def test_a_teacher_is_all_that_differs_from_the_recipe_without(name):
+    plain, distilled = (compose.compose(f"{name}{end}", []) for end in ("", "_distilled"))
+    vit = dataclasses.replace(plain.model.vit, distilled=True)
+    folder = dataclasses.replace(
+        plain.training.checkpoint, path=f"{plain.training.checkpoint.path}_distilled"
+    )
+    assert distilled == dataclasses.replace(
+        plain,
+        model=dataclasses.replace(plain.model, vit=vit),
+        training=dataclasses.replace(plain.training, checkpoint=folder),
+        distillation=DistillationOptions(
+            kind="hard", teacher="regnety_160.deit_in1k", teacher_checkpoint=None, alpha=0.5
+        ),
+    )
+    assert f"Top-1: {DISTILLED_TOP1[name]} % in the paper" in head(f"{name}_distilled")
+
+
+@pytest.mark.parametrize("name", DISTILLED_TOP1)
+def test_teacher_of_deit_has_weights_for_its_images_and_classes(name):
+    config = compose.compose(f"{name}_distilled", [])
+    teacher = config.distillation.teacher
+    assert teacher in timm.list_pretrained("regnety_160*")
+    trained = timm.get_pretrained_cfg(teacher)
+    assert list(trained.mean) == config.dataset.mean
+    assert list(trained.std) == config.dataset.std
+    assert trained.num_classes == config.model.vit.num_classes
+    assert trained.input_size == (3, config.model.vit.img_size, config.model.vit.img_size)
+    assert f"timm downloads the weights of the teacher, which is its {teacher}" in one_line(
+        f"{name}_distilled"
+    )
+
+
+def one_line(name):
+    return head(name).replace("\n", " ")
+
+
+def images_seen(name):
+    """By the network in a whole run: each augmented image once."""
+    t, data = compose.compose(name, []).training, compose.compose(name, []).dataset.train
+    words = command(head(name))
+    num_ranks = int(words[words.index("--nproc-per-node") + 1])
+    return t.steps * t.grad_accum_steps * data.batch_size * num_ranks
+
+
+def teacher_flops(name):
+    """Of the teacher's forward pass over one image; 0 without."""
+    config = compose.compose(name, [])
+    if config.distillation.kind == "none":
+        return 0
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        teacher = timm.create_model(config.distillation.teacher).eval()
+        teacher(torch.empty(1, 3, config.model.vit.img_size, config.model.vit.img_size))
+    return counter.get_total_flops()
 
 
 def exaflops(name):
     """What a whole run computes: a backward pass takes twice its forward pass."""
-    t, data = compose.compose(name, []).training, compose.compose(name, []).dataset.train
-    words = command(head(name))
-    num_ranks = int(words[words.index("--nproc-per-node") + 1])
-    images = t.steps * t.grad_accum_steps * data.batch_size * num_ranks
-    return 3 * built(name).flops_per_image() * images / 1e18
+    per_image = 3 * built(name).flops_per_image() + teacher_flops(name)
+    return per_image * images_seen(name) / 1e18
 
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_cost_of_a_recipe_is_counted(name):
-    assert f"Cost: {exaflops(name):.1f} EFLOPs, " in head(name).replace("\n", " ")
+    assert f"Cost: {exaflops(name):.1f} EFLOPs, " in one_line(name)
 
 
-@pytest.mark.parametrize("size", ["base", "large", "huge"])
-def test_cost_of_fine_tuning_is_compared_with_that_of_training(size):
-    tuning, training = exaflops(f"deit3_{size}_ft224"), exaflops(f"deit3_{size}")
+@pytest.mark.parametrize("name", TUNED)
+def test_cost_of_fine_tuning_is_compared_with_that_of_training(name):
+    tuning, training = exaflops(name), exaflops(TUNED[name][0])
     wanted = f"EFLOPs, {100 * tuning / training:.1f} % of the {training:.1f} of"
-    assert wanted in head(f"deit3_{size}_ft224").replace("\n", " ")
+    assert wanted in one_line(name)
+
+
+@pytest.mark.parametrize("name", DISTILLED_TOP1)
+def test_cost_of_distillation_says_what_the_teacher_takes(name):
+    name = f"{name}_distilled"
+    of_teacher = teacher_flops(name)
+    whole, teachers = exaflops(name), of_teacher * images_seen(name) / 1e18
+    wanted = (
+        f"Cost: {whole:.1f} EFLOPs, of which {whole - teachers:.1f} are the student's and "
+        f"{teachers:.1f} the teacher's, whose forward pass has {of_teacher / 1e9:.2f} GFLOPs"
+    )
+    assert wanted in one_line(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

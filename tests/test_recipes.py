@@ -2,9 +2,12 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 
@@ -20,6 +23,7 @@ from image_reader import ImageReader
 from imagenet_dataset import TrainImages, train_loader
 from layouts import index_images
 from tests.images import folder_dataset
+from weight_sources import Choice, read_source
 
 CLASSES = 5
 IMAGENET_IMAGES = 1_281_167
@@ -83,25 +87,26 @@ def test_loss_of_deit_3_in_closed_form():
     assert criterion(logits_BY, target_BY, torch.empty(0)).item() == pytest.approx(expected)
 
 
-# Epochs, those of warm-up, peak at the batch of the recipe; all from 1e-6 to 1e-5.
+# Epochs, those of warm-up, peak at the batch of the recipe, last value; all from 1e-6.
 SCHEDULES = {
-    "deit": (300, 5, 5e-4 * 1024 / 512),
-    "deit3_base": (800, 5, 3e-3),
-    "deit3_small": (800, 5, 4e-3),
-    "deit3_ft224": (20, 5, 1e-5),
-    "incubation_pt": (300, 20, 5e-4 * 2048 / 512),
-    "incubation_mt": (100, 20, 5e-4 * 2048 / 512),
-    "incubation_ft": (100, 0, 5e-4 * 2048 / 512),
+    "deit": (300, 5, 5e-4 * 1024 / 512, 1e-5),
+    "deit_ft384": (30, 5, 5e-6 * 512 / 512, 5e-6),
+    "deit3_base": (800, 5, 3e-3, 1e-5),
+    "deit3_small": (800, 5, 4e-3, 1e-5),
+    "deit3_ft": (20, 5, 1e-5, 1e-5),
+    "incubation_pt": (300, 20, 5e-4 * 2048 / 512, 1e-5),
+    "incubation_mt": (100, 20, 5e-4 * 2048 / 512, 1e-5),
+    "incubation_ft": (100, 0, 5e-4 * 2048 / 512, 1e-5),
 }
 EPOCH_STEPS = 7
 
 
 def ours_at(name, step):
-    epochs, warmup, peak = SCHEDULES[name]
+    epochs, warmup, peak, final = SCHEDULES[name]
     return optim.lr_at(
         step,
         peak=peak,
-        final=1e-5,
+        final=final,
         warmup_steps=warmup * EPOCH_STEPS,
         num_steps=epochs * EPOCH_STEPS,
         warmup_lr=1e-6,
@@ -116,7 +121,7 @@ def by_epoch(name, epoch, *, step_in_epoch=3):
 
 
 # Learning rates that the published training loops have in these epochs, counted from 0: worked out
-# by hand from the recipes, 1e-6 + (peak - 1e-6) t / warm-up, then 1e-5 + (peak - 1e-5) (1 + cos(pi
+# by hand from the recipes, 1e-6 + (peak - 1e-6) t / warm-up, then last + (peak - last) (1 + cos(pi
 # t / epochs)) / 2, with t = epoch - 1, since they step the schedule with the epoch just finished.
 CURVES = {
     "deit": {
@@ -130,6 +135,18 @@ CURVES = {
         151: 5.05e-4,
         201: 2.575e-4,
         299: 1.010856e-5,
+    },
+    "deit_ft384": {
+        0: 1e-6,
+        1: 1e-6,
+        2: 1.8e-6,
+        3: 2.6e-6,
+        4: 3.4e-6,
+        5: 4.2e-6,
+        6: 5e-6,
+        7: 5e-6,
+        16: 5e-6,
+        29: 5e-6,
     },
     "deit3_base": {
         0: 1e-6,
@@ -155,7 +172,7 @@ CURVES = {
         601: 5.94322e-4,
         799: 1.006153e-5,
     },
-    "deit3_ft224": {
+    "deit3_ft": {
         0: 1e-6,
         1: 1e-6,
         2: 2.8e-6,
@@ -213,16 +230,32 @@ def test_curve_by_epochs_is_the_published_one_at_ten_epochs(name):
         assert by_epoch(name, epoch) == pytest.approx(lr, rel=1e-6), epoch
 
 
-@pytest.mark.parametrize("size", ["base", "large", "huge"])
-def test_recipe_of_fine_tuning_has_the_curve_of_deit_3(size):
+# Recipe: epochs, its curve, weight decay.
+PUBLISHED = {
+    **{
+        f"deit_{size}{end}": (300, "deit", 0.05)
+        for size in ("tiny", "small", "base")
+        for end in ("", "_distilled")
+    },
+    "deit_base_ft384": (30, "deit_ft384", 1e-8),
+    "deit3_small": (800, "deit3_small", 0.05),
+    **dict.fromkeys(("deit3_base", "deit3_large", "deit3_huge"), (800, "deit3_base", 0.05)),
+    **{f"deit3_{size}_ft224": (20, "deit3_ft", 0.1) for size in ("base", "large", "huge")},
+    **{f"deit3_{size}_ft384": (20, "deit3_ft", 0.1) for size in ("small", "base", "large")},
+}
+
+
+@pytest.mark.parametrize("recipe", [name for name in PUBLISHED if "_ft" in name])
+def test_recipe_of_fine_tuning_has_the_published_curve(recipe):
     """At the first update of each epoch, before which DeiT steps its schedule."""
-    config = compose.compose(f"deit3_{size}_ft224", [])
+    config = compose.compose(recipe, [])
     o, steps = config.optimizer, config.training.steps
-    for epoch, lr in CURVES["deit3_ft224"].items():
+    epochs, curve, _ = PUBLISHED[recipe]
+    for epoch, lr in CURVES[curve].items():
         if epoch == 0:
             continue
         found = optim.lr_at(
-            round((epoch - 1) * steps / 20),
+            round((epoch - 1) * steps / epochs),
             peak=validation.peak_lr(config, 512),
             final=o.min_lr,
             warmup_steps=o.warmup_steps,
@@ -231,15 +264,6 @@ def test_recipe_of_fine_tuning_has_the_curve_of_deit_3(size):
             is_cosine_after_warmup=o.warmup_prefix,
         )
         assert found == pytest.approx(lr, rel=1e-3), epoch
-
-
-# Recipe: epochs, its curve, weight decay.
-PUBLISHED = {
-    **dict.fromkeys(("deit_tiny", "deit_small", "deit_base"), (300, "deit", 0.05)),
-    "deit3_small": (800, "deit3_small", 0.05),
-    **dict.fromkeys(("deit3_base", "deit3_large", "deit3_huge"), (800, "deit3_base", 0.05)),
-    **{f"deit3_{size}_ft224": (20, "deit3_ft224", 0.1) for size in ("base", "large", "huge")},
-}
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
@@ -286,12 +310,82 @@ def test_recipe_has_the_published_lr_decay_and_momentum_at_ten_epochs(recipe):
             assert bias.detach().numpy() == pytest.approx(1 - published, abs=1e-5)
 
 
+def shrunk(recipe, image_folder, folder, *more):
+    """The options of `recipe` with a network of 32 pixels and two updates of four images."""
+    options = [
+        "model.vit.num_classes=3",
+        "model.vit.img_size=32",
+        "model.vit.patch_size=8",
+        "model.vit.embed_dim=48",
+        "model.vit.depth=2",
+        "model.vit.num_heads=3",
+        f"dataset.train.root={image_folder}",
+        "dataset.train.batch_size=4",
+        "dataset.train.repeats=1",
+        "dataset.num_workers=0",
+        "optimizer.base_batch=4",  # lr as it is in the recipe
+        "optimizer.warmup_steps=1",
+        "training.steps=2",
+        "training.val_interval=2",
+        "training.grad_accum_steps=1",
+        "training.tensorboard=false",
+        f"training.checkpoint.path={folder}",
+        "device=cpu",
+    ]
+    return compose.compose(recipe, [*options, *more])
+
+
+def train_here(ranks, config):
+    ranks(1, lambda world, config: train.train(config, world), config)
+    return read_source(Path(config.training.checkpoint.path), Choice()).weights()
+
+
+@pytest.mark.parametrize(
+    ("before", "recipe"),
+    [("deit_base", "deit_base_ft384"), ("deit3_small", "deit3_small_ft384")],
+)
+def test_fine_tuning_starts_with_the_run_before_and_positions_of_more_pixels(
+    ranks, image_folder, tmp_path, before, recipe
+):
+    first, second = tmp_path / "before", tmp_path / "tuned"
+    weights = train_here(ranks, shrunk(before, image_folder, first))
+    more = ["model.vit.img_size=56", f"init.checkpoint={first}"]  # 4 x 4 patches become 7 x 7
+    tuned = train_here(ranks, shrunk(recipe, image_folder, second, *more))
+    positions = weights.pop("pos_embed")
+    num_prefix = positions.shape[1] - 4 * 4  # the class token has one in DeiT, none in DeiT III
+    expected = resample_abs_pos_embed(positions, [7, 7], [4, 4], num_prefix_tokens=num_prefix)
+    assert expected.shape[1] == num_prefix + 7 * 7
+    # Two updates of AdamW move no value by more than 1e-6 and 1e-5.
+    limit = 2.5e-5
+    assert (tuned.pop("pos_embed") - expected).abs().max() <= limit
+    assert tuned.keys() == weights.keys()
+    moves = {name: (tuned[name] - weights[name]).abs().max().item() for name in weights}
+    assert 0 < max(moves.values()) <= limit, moves
+    assert "resampled" in (second / "init.txt").read_text()
+
+
+def test_distillation_starts_with_a_teacher_of_timm(ranks, image_folder, tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "resnet.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), file)
+    teacher = ["distillation.teacher=test_resnet", f"distillation.teacher_checkpoint={file}"]
+    weights = [
+        train_here(
+            ranks,
+            shrunk("deit_tiny_distilled", image_folder, tmp_path / str(len(more)), *teacher, *more),
+        )
+        for more in ([], ["distillation.alpha=0.9"])
+    ]
+    assert {"dist_token", "head_dist.weight"} <= weights[0].keys()
+    assert not torch.equal(*(found["head_dist.weight"] for found in weights)), "alpha is used"
+
+
 def timm_scheduler(name):
-    epochs, warmup, peak = SCHEDULES[name]
+    epochs, warmup, peak, final = SCHEDULES[name]
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=peak)
     return CosineLRScheduler(
-        optimizer, t_initial=epochs, lr_min=1e-5, warmup_t=warmup, warmup_lr_init=1e-6
+        optimizer, t_initial=epochs, lr_min=final, warmup_t=warmup, warmup_lr_init=1e-6
     )
 
 
