@@ -190,13 +190,16 @@ def auto_augmentation(
         operations = [operation for pair in policy.policy for operation in pair]
     for operation in operations:
         if operation.name.startswith("Posterize"):
-            operation.aug_fn = _posterize
+            operation.aug_fn = posterize
     return policy
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    # Policies ask for 0 bits or fewer at high magnitudes: black. Pillow 13 refuses, timm 1.0.31
-    # has not noticed.
+def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """Keep the highest bits of each channel.
+
+    Policies ask for 0 bits or fewer at high magnitudes: black. Pillow 13 refuses, which timm 1.0.31
+    has not noticed.
+    """
     if bits_to_keep <= 0:
         return Image.new(image.mode, image.size)
     return image if bits_to_keep >= BITS else ImageOps.posterize(image, bits_to_keep)

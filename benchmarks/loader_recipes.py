@@ -22,6 +22,7 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 import assemble
+import augment
 import compose
 from benchmarks import common
 from benchmarks.decoders import Timing
@@ -38,7 +39,7 @@ RECIPES = ("deit_base", "deit3_base")
 def theirs(config: Config) -> Callable:
     """Return timm's transform of a recipe, as DeiT calls it."""
     data, train = config.dataset, config.dataset.train
-    return create_transform(
+    whole = create_transform(
         input_size=config.model.vit.img_size,
         is_training=True,
         scale=tuple(train.crop_scale),
@@ -53,6 +54,11 @@ def theirs(config: Config) -> Callable:
         re_mode=train.remode,
         re_count=train.recount,
     )
+    for transform in whole.transforms:
+        for operation in getattr(transform, "ops", ()):
+            if operation.name.startswith("Posterize"):  # it would fail with this Pillow
+                operation.aug_fn = augment.posterize
+    return whole
 
 
 def erase(eraser: Eraser, batch: Batch) -> None:
