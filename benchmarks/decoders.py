@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -44,12 +45,38 @@ def decode_all(files: list, decode: Callable) -> Timing:
     return Timing(1000 * wall_s / count, 1000 * used / count)
 
 
-def decode_runs(files: list[bytes], own: list[str]) -> dict[str, Callable[[], Timing]]:
+def decode_in_processes(files: list, decode: Callable, *, count: int) -> Timing:
+    """Time the same in `count` processes at once: what a machine's cores really do together."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(count), context.SimpleQueue()
+
+    def work() -> None:
+        decode(files[0])
+        barrier.wait()
+        start = time.monotonic()  # the same clock in all processes
+        timing = decode_all(files, decode)
+        results.put((start, time.monotonic(), timing.cpu_ms))
+
+    workers = [context.Process(target=work) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    starts, ends, cpu_ms = zip(*(results.get() for _ in workers), strict=True)
+    for worker in workers:
+        worker.join()
+    wall_s = max(ends) - min(starts)
+    return Timing(1000 * wall_s / (PASSES * len(files) * count), statistics.mean(cpu_ms))
+
+
+def decode_runs(
+    files: list[bytes], own: list[str], *, cores: int
+) -> dict[str, Callable[[], Timing]]:
     """Return the run of each decoder: `own` are ours, torchvision's, others if installed."""
     runs: dict[str, Callable[[], Timing]] = {}
     for name in own:
         decode = lambda data, name=name: rgb(read_header(data, decoder=name))  # noqa: E731
         runs[f"decode only, {name}"] = partial(decode_all, files, decode)
+        together = partial(decode_in_processes, files, decode, count=cores)
+        runs[f"decode only, {name}, all cores"] = together
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
     theirs = partial(decode_jpeg, mode=ImageReadMode.RGB)
     runs["decode only, torchvision"] = partial(decode_all, encoded, theirs)
