@@ -78,7 +78,12 @@ def locked(folder: Path) -> Iterator[None]:
     """
 
     def take() -> int:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"config training.checkpoint.path={folder}: cannot be made: {error}"
+            ) from error
         return _try_lock(folder)
 
     is_new = not folder.exists()

@@ -268,7 +268,11 @@ class InitOptions:
 class DistillationOptions:
     """Learning from a trained network besides the labels; formulas in distillation.py."""
 
-    kind: str = option("none", "what is learned from", choices=("none", "soft", "hard"))
+    kind: str = option(
+        "none",
+        "from the teacher: hard, its class; soft, tau^2 KL to it over images x classes, as in DeiT",
+        choices=("none", "soft", "hard"),
+    )
     teacher: str | None = option(None, "model name of timm, or a run folder or checkpoint of ours")
     teacher_checkpoint: str | None = option(
         None, "file with the weights of timm's model; null: those that timm downloads"

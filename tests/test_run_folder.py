@@ -257,11 +257,13 @@ def test_ranks_that_do_not_share_the_folder_are_found(ranks, tmp_path):
         assert message == f"folder {roots[0]}: ranks [1] do not see the files of rank 0 there"
 
 
-def test_a_path_that_is_a_file_is_refused_on_every_rank(ranks, tmp_path):
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_path_that_cannot_be_a_folder_is_refused_on_every_rank(ranks, tmp_path, name):
     (tmp_path / "file").write_text("")
+    says = rf"config training\.checkpoint\.path=.*{name}: cannot be made: "
 
     def locked(world):
-        with pytest.raises(FileExistsError, match="file"), run_folder.locked(tmp_path / "file"):
+        with pytest.raises(OSError, match=says), run_folder.locked(tmp_path / name):
             pass
 
     ranks(2, locked)
