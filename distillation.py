@@ -108,7 +108,7 @@ def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) 
     `classes` are the ids of the student's, which the teacher's are compared with if it has any.
 
     Raises:
-        ValueError: It cannot be loaded, or has other classes than the student.
+        ValueError: It cannot be loaded, or has other classes or pixels than the student.
     """
     d, data = config.distillation, config.dataset
     assert d.teacher is not None, "the options say so"
@@ -126,8 +126,14 @@ def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) 
     teacher = Teacher(model.to(dtype), of=(data.mean, data.std), own=(mean, std)).to(world.device)
     height, width = models.height_width(config.model.vit.img_size)
     image_1CHW = torch.zeros(1, 3, height, width, device=world.device, dtype=dtype)
-    with FlopCounterMode(display=False) as counter:
-        shape = tuple(teacher(image_1CHW).shape)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            shape = tuple(teacher(image_1CHW).shape)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"config distillation.teacher={d.teacher}: cannot take images of {height} x {width} "
+            f"pixels, as model.vit.img_size says: {str(error).strip()}"
+        ) from error
     # It sees no kernels of Triton and TransformerEngine, which a network of ours may use.
     if isinstance(model, VisionTransformer):
         teacher.flops_per_image = model.flops_per_image()

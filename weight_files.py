@@ -290,7 +290,10 @@ def shard_files(folder: Path, *, stem: str | None) -> list[Path]:
         raise ValueError(f"folder {folder}: has files of {names}: choose one by --stem")
     chosen = sets.get(stem, {}) if stem is not None else next(iter(sets.values()), {})
     if not chosen:
-        raise ValueError(f"folder {folder}: has no file {stem or '<stem>'}_rank<r>.pth or <r>.pth")
+        raise ValueError(
+            f"folder {folder}: has no checkpoint step_<n>_loss_<x>, no {SINGLE_NAME}, and no file "
+            f"{stem or '<stem>'}_rank<r>.pth or <r>.pth"
+        )
     missing = sorted(set(range(max(chosen) + 1)) - set(chosen))
     if missing:
         raise ValueError(

@@ -328,6 +328,18 @@ def test_teacher_that_cannot_teach_is_refused(resnet_file, small_run, options, m
     assert message.format(file=resnet_file) in built(world, config)
 
 
+TINY = "vit_tiny_patch16_224"
+
+
+def test_teacher_of_other_pixels_is_refused(tmp_path, small_run):
+    file = tmp_path / "vit.pth"
+    torch.save(timm.create_model(TINY, num_classes=3).state_dict(), file)
+    config = small_run(*options_of(file, f"distillation.teacher={TINY}"))
+    world = distributed.World(0, 1, 0, torch.device("cpu"))
+    says = f"teacher={TINY}: cannot take images of 32 x 32 pixels, as model.vit.img_size says: "
+    assert says in built(world, config)
+
+
 def test_teacher_of_other_classes_is_refused(resnet_file, small_run):
     config = small_run(*options_of(resnet_file, "model.vit.num_classes=5"))
     world = distributed.World(0, 1, 0, torch.device("cpu"))

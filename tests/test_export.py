@@ -548,7 +548,7 @@ ERRORS = {
     "metric a: must be": "{root} --to dcp --output x --pick best --metric a",
     "arguments are required: --output": "{root} --to torch",
     "invalid choice: 'onnx'": "{root} --to onnx --output x",
-    "has no file": "{empty} --to mtl --output x",
+    "and no file": "{empty} --to mtl --output x",
 }
 
 
