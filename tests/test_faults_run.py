@@ -25,6 +25,7 @@ import scoring
 import stopping
 import train
 from image_reader import ImageReader
+from weight_sources import Choice, read_source
 
 EVERY_STEP = ["training.val_interval=100", "training.checkpoint.interval=1"]
 MODES = pytest.mark.parametrize("is_async", ["false", "true"], ids=["at once", "in background"])
@@ -213,8 +214,10 @@ def images_of_steps(path):
 
 
 def test_an_epoch_has_each_image_once_over_three_killed_runs(ranks, small_run, tmp_path):
+    """And the pixels are the same, cropped, erased and mixed: so are the final weights."""
     options = ["training.steps=12", "training.val_interval=100", "training.checkpoint.interval=3"]
-    options += ["dataset.train.batch_size=4"]
+    options += ["dataset.train.batch_size=4", "dataset.train.mixup=0.8", "dataset.train.cutmix=1"]
+    options += ["dataset.train.reprob=0.5", "dataset.train.auto_augment=3aug"]
     config = small_run(*options)
     killed = tmp_path / "killed"
     for at in (4, 6, 10):
@@ -230,6 +233,8 @@ def test_an_epoch_has_each_image_once_over_three_killed_runs(ranks, small_run, t
         assert found == [images[step]] * (2 if step in (3, 4, 6, 9, 10) else 1)
     for epoch in (range(6), range(6, 12)):  # of 24 images
         assert sorted(image for step in epoch for image in images[step]) == list(range(24))
+    once, again = (read_source(tmp_path / name, Choice()).weights() for name in ("other", "run"))
+    assert all(torch.equal(once[name], again[name]) for name in once.keys() | again.keys())
 
 
 @MODES
