@@ -219,7 +219,7 @@ def val_transform(
     `is_raw` leaves the pixels uint8, for `Normaliser.batch`.
     """
     mode = InterpolationMode(interpolation)
-    cover = (round(img_size[0] / crop_ratio), round(img_size[1] / crop_ratio))
+    cover = (int(img_size[0] / crop_ratio), int(img_size[1] / crop_ratio))  # as timm and DeiT
     resize = partial(_resize_to_cover, size=cover, mode=mode)
     last = to_pixels if is_raw else Normaliser(mean, std)
     return transforms.Compose([as_image, resize, transforms.CenterCrop(img_size), last])

@@ -87,6 +87,11 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, Rgb, Rgb]:
             f"config distillation.teacher={name}: is neither a folder or file nor a model of timm"
         )
     checkpoint, num_classes = config.distillation.teacher_checkpoint, config.model.vit.num_classes
+    if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
+        raise ValueError(
+            f"config distillation.teacher={name} with teacher_checkpoint={checkpoint}: cannot be "
+            "loaded: no such file"
+        )
     try:
         if checkpoint is None:
             model = timm.create_model(name, pretrained=True)

@@ -8,7 +8,6 @@ Nothing here knows of models. This file and train.py are the only ones that read
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import resource
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import launch
 from seeds import stable_seed
 
 T = TypeVar("T")
@@ -80,22 +80,6 @@ class Meshes:
         return self.expert.size(2)
 
 
-def launch_facts() -> tuple[int, int, int]:
-    """Return (rank, world size, local rank) as torchrun set them, or (0, 1, 0) without it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    values = [os.environ.get(name) for name in names]
-    missing = [name for name, value in zip(names, values, strict=True) if value is None]
-    if len(missing) == len(names):
-        return 0, 1, 0
-    if missing:
-        raise ValueError(
-            f"environment {', '.join(missing)}: not set though others of {', '.join(names)} are; "
-            "start with `torchrun train.py ...` or with none of them"
-        )
-    rank, world_size, local_rank = (int(value or 0) for value in values)
-    return rank, world_size, local_rank
-
-
 def expand_path(text: str) -> Path:
     """Return a path with ~ and variables of the environment filled in.
 
@@ -126,21 +110,6 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, instead of handing it back to the system.
-
-    A training step frees and takes the same memory again. By default glibc returns what is free at
-    the end of the heap, and every page of it is faulted in anew, thousands in a step on a CPU. The
-    size from which a block is mapped by itself is set to where glibc moves it, at most, 32 MiB.
-    C libraries without `mallopt` (macOS, musl) are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # their numbers in glibc's malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)
-
-
 @contextlib.contextmanager
 def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
     """Join the process group, NCCL on CUDA and gloo on CPU, and leave it at the end.
@@ -148,9 +117,10 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
     Without torchrun it is a group of one rank that needs no network port.
 
     Raises:
+        ValueError: The environment is not one that torchrun makes.
         OSError: There is no such place to meet, or another program is there.
     """
-    rank, world_size, local_rank = launch_facts()
+    rank, world_size, local_rank = launch.launch_facts()
     world = World(rank, world_size, local_rank, pick_device(device, local_rank))
     timeout = timedelta(seconds=timeout_s)
     # On CUDA, gloo rides along for decisions about CPU objects (which checkpoint, which config).
@@ -158,14 +128,14 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
-        keep_freed_memory()
+        launch.keep_freed_memory()
     if "RANK" in os.environ:
+        place = launch.check_meeting_place()
         try:
             dist.init_process_group(backend, timeout=timeout)
         except dist.DistNetworkError as err:
-            where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise OSError(
-                f"MASTER_ADDR:MASTER_PORT={where}: rank {rank} of {world_size} cannot meet the "
+                f"MASTER_ADDR:MASTER_PORT={place}: rank {rank} of {world_size} cannot meet the "
                 f"others there: {str(err).strip().splitlines()[0]}"
             ) from err
     else:

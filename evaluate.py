@@ -34,6 +34,7 @@ import compose
 import distributed
 import feed
 import image_reader
+import launch
 import models
 import scoring
 import stopping
@@ -284,14 +285,14 @@ def main(argv: list[str]) -> int:
     try:
         run(parse(argv))
     except (ValueError, OSError, ImportError, scoring.NonFiniteError) as error:
-        rank, _, _ = distributed.launch_facts()
+        rank = launch.shown_rank()
         print(f"error (rank {rank}): {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RuntimeError as error:
         lost = distributed.lost_rank(error)
         if lost is None:
             raise
-        rank, _, _ = distributed.launch_facts()
+        rank = launch.shown_rank()
         print(f"error (rank {rank}): {lost}", file=sys.stderr)
         return EXIT_LOST_RANK
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ import dcp_writer
 import image_index
 import run_folder
 import sharding
+import weight_sources
 from assemble import Run
 from logbook import Logbook, versions
 
@@ -77,6 +78,10 @@ def _check_same(run: Run, found: checkpoint.Checkpoint, *, old: object, new: obj
         f"{train.grad_accum_steps} x {run.world.size} ranks; any that multiply to the same will do)"
     }
     had, has = dict(_flatten(old)), dict(_flatten(new))
+    classes = found.state.get("classes")
+    known = classes if isinstance(classes, list) else []
+    others = weight_sources.other_classes(known, run.train_index.classes)
+    made_of["dataset_sha256"] = f" ({others or 'names or labels of images are others'})"
     for name in (*ORDER, *NETWORK):
         # What a checkpoint of before an option does not have was its default.
         before = had.get(name, DEFAULTS.get(name))

@@ -33,6 +33,7 @@ import distillation
 import distributed
 import expert_load
 import feed
+import launch
 import layers
 import moe
 import optim
@@ -353,7 +354,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
         if "--debug" in argv:
             raise
-        rank, _, _ = distributed.launch_facts()
+        rank = launch.shown_rank()
         print(f"error (rank {rank}): {last_line(error)}", file=sys.stderr, flush=True)
         is_non_finite = isinstance(error, NonFiniteError | NonFiniteTensorError)
         return EXIT_NON_FINITE if is_non_finite else EXIT_OPTIONS
@@ -361,7 +362,7 @@ def main(argv: list[str]) -> int:
         lost = distributed.lost_rank(error)
         if lost is None or "--debug" in argv:
             raise
-        rank, _, _ = distributed.launch_facts()
+        rank = launch.shown_rank()
         at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
         print(f"error (rank {rank}): {at}{lost}; the same command resumes", file=sys.stderr)
         return EXIT_LOST_RANK

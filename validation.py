@@ -176,6 +176,18 @@ def _check_augmentation(config: Config) -> None:
             f"config dataset.train.color_jitter={train.color_jitter}: has no effect with "
             f"auto_augment={policy}, in timm"
         )
+    turns = policy is not None and "3a" not in policy
+    if turns and (train.interpolation or config.dataset.interpolation) == "lanczos":
+        name = "dataset.train.interpolation" if train.interpolation else "dataset.interpolation"
+        raise ValueError(
+            f"config {name}=lanczos: Pillow cannot rotate with it, as "
+            f"dataset.train.auto_augment={policy} may (use bicubic)"
+        )
+    if train.crop_scale[1] == 0:
+        raise ValueError(f"config dataset.train.crop_scale={train.crop_scale}: must not end at 0")
+    if train.scaled_decode and (train.crop == "src" or train.interpolation == "random"):
+        why = "crop=src" if train.crop == "src" else "interpolation=random"
+        raise ValueError(f"config dataset.train.scaled_decode=True: has no effect with {why}")
     if train.reprob == 0:
         why = "reprob=0"
         _refuse_changed(train, ("remode", "recount"), prefix="dataset.train", why=why)

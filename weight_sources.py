@@ -120,15 +120,19 @@ def _our_options(value: object) -> Json:
     return value if is_ours else {}  # type: ignore[return-value]
 
 
-def _class_ids(value: object) -> tuple[str, ...]:
-    """Return the class ids of a list, or of one in JSON; () of anything else."""
+def _class_ids(value: object, weights: Weights) -> tuple[str, ...]:
+    """Return the class ids of a list, or of one in JSON; () of anything else.
+
+    Other projects' files have lists of that name, too: only one as long as the head is taken.
+    """
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return ()
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
         return ()
-    return tuple(found)
+    head = weights.get("head.weight")
+    return tuple(found) if head is not None and len(head) == len(found) else ()
 
 
 def other_classes(trained: Sequence[str], given: Sequence[str]) -> str | None:
@@ -154,7 +158,7 @@ def _parse_options(text: object) -> Json:
 def _read_checkpoint(found: Checkpoint, choice: Choice) -> Source:
     weights = weight_files.read_dcp(found.folder, choice.weights)
     options, classes = _our_options(found.state.get("config")), found.state.get("classes")
-    return Source(weights, options, str(found.folder), classes=_class_ids(classes))
+    return Source(weights, options, str(found.folder), classes=_class_ids(classes, weights))
 
 
 def _read_run(folder: Path, choice: Choice) -> Source:
@@ -203,7 +207,8 @@ def _read_pickle(path: Path, choice: Choice) -> Source:
     found = holder.get("meta")
     meta = found if isinstance(found, dict) and "expert_format" in found else {}
     if not meta and not formats.is_m3vit(weights):
-        config, classes = _parse_options(holder.get("config")), _class_ids(holder.get("classes"))
+        config = _parse_options(holder.get("config"))
+        classes = _class_ids(holder.get("classes"), weights)
         return Source(formats.from_timm(weights), config, str(path), classes=classes)
     encoder, _ = formats.encoder_of(weights)
     if problem := formats.missing_experts(encoder):
@@ -257,7 +262,8 @@ def read_source(path: Path, choice: Choice) -> Source:
     if choice.weights == "ema":
         raise ValueError(f"--weights ema: {path} has one set of weights; leave it out")
     weights, metadata = weight_files.read_safetensors(path)
-    config, classes = _parse_options(metadata.get("config")), _class_ids(metadata.get("classes"))
+    config = _parse_options(metadata.get("config"))
+    classes = _class_ids(metadata.get("classes"), weights)
     return Source(formats.from_timm(weights), config, str(path), classes=classes)
 
 

@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-loader_recipes.json")
     arguments = parser.parse_args(argv)
+    if arguments.images * arguments.epochs < BATCH:
+        parser.error(f"--images x --epochs must be at least a batch, {BATCH}")
     torch.set_num_threads(1)
     steps = arguments.images * arguments.epochs // BATCH
     with tempfile.TemporaryDirectory() as folder:

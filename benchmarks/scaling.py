@@ -30,6 +30,7 @@ from torch import multiprocessing
 import assemble
 import compose
 import distributed
+import launch
 from benchmarks import common, steps
 from benchmarks.train_step import OVERRIDES
 
@@ -53,7 +54,7 @@ def serve(
 ) -> None:
     """Send the first loss, then make as many steps as is asked for and send their seconds."""
     torch.set_num_threads(1)
-    distributed.keep_freed_memory()  # as a run does
+    launch.keep_freed_memory()  # as a run does
     config = compose.compose(config_name, overrides)
     shared = dist.FileStore(store, place.size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=shared, rank=place.rank, world_size=place.size)
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     # For the processes, which read it when they import torch.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    distributed.keep_freed_memory()  # as a run does
+    launch.keep_freed_memory()  # as a run does
     share_s, rows = arguments.limit_s / len(arguments.configs), []
     conditions = {"overrides": arguments.overrides, "steps_per_round": STEPS}
     for config in arguments.configs:

@@ -217,6 +217,13 @@ def test_workers_batches_ranks_and_resuming_change_no_draw(tmp_path, changes):
         (["crop=src", "crop_scale=[0.5,1]"], r"crop_scale=\[0.5, 1.0\]: has no effect with crop=s"),
         (["crop=src", "interpolation=random"], "interpolation=random: needs crop=rrc"),
         (["interpolation=box"], "interpolation=box: must be one of"),
+        (["auto_augment=v0", "interpolation=lanczos"], "train.interpolation=lanczos: Pillow can"),
+        (
+            ["scaled_decode=true", "interpolation=random"],
+            "scaled_decode=True: has no effect with i",
+        ),
+        (["scaled_decode=true", "crop=src"], "scaled_decode=True: has no effect with crop=src"),
+        (["crop_scale=[0,0]"], "crop_scale=.*: must not end at 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -5,11 +5,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import distributed
+import evaluate
+import launch
+import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,10 +41,10 @@ def page_faults(keeps: bool) -> int:
     glibc hands all of it back at once here; by default that depends on what lies at the heap's end.
     """
     script = f"""
-import ctypes, resource, torch, distributed
+import ctypes, resource, torch, launch
 mmap_threshold = -3
 ctypes.CDLL(None).mallopt(mmap_threshold, 2**17)
-if {keeps}: distributed.keep_freed_memory()
+if {keeps}: launch.keep_freed_memory()
 for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(2**22) for _ in range(6)]
@@ -63,13 +67,52 @@ def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match="environment WORLD_SIZE, LOCAL_RANK: not set"):
-        distributed.launch_facts()
+        launch.launch_facts()
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"LOCAL_RANK": None}, "environment LOCAL_RANK: not set though others"),
+        ({"RANK": "x"}, "environment RANK=x: must be a whole number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "environment RANK=3: must be less than WORLD_SIZE=2"),
+        ({"MASTER_ADDR": None}, "environment MASTER_ADDR: not set"),
+        ({"MASTER_PORT": None}, "environment MASTER_PORT=: must be a whole number"),
+        ({"MASTER_PORT": "abc"}, "environment MASTER_PORT=abc: must be a whole number"),
+        ({"MASTER_PORT": "99999"}, "environment MASTER_PORT=99999: must be 1 to 65535"),
+        ({"MASTER_ADDR": "no-such.invalid"}, "MASTER_ADDR=no-such.invalid: no such host"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("program", [train, evaluate], ids=["train", "evaluate"])
+def test_a_wrong_environment_is_one_line_of_the_program(
+    monkeypatch, capsys, small_run, tmp_path, program, changes, message
+):
+    """Whatever it is, the message itself must not ask for what is wrong."""
+    for name, value in {**TORCHRUN, **MEETING, **changes}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(
+            name, value
+        )
+    words = ["device=cpu"]
+    if program is evaluate:
+        source = SimpleNamespace(config={"x": 1})
+        monkeypatch.setattr(evaluate, "read_source", lambda *_: source)
+        monkeypatch.setattr(evaluate, "restore", lambda *_: small_run())
+        words = ["anything"]
+    assert program.main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
 @pytest.mark.parametrize(
     ("address", "reason"),
-    [("127.0.0.1", "EADDRINUSE|in use"), ("no-such-host.invalid", "host|name")],
+    [("127.0.0.1", "EADDRINUSE|in use")],
 )
 def test_no_place_to_meet_is_an_error_with_its_variables(monkeypatch, address, reason):
     with socket.socket() as taken:

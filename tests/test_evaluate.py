@@ -151,6 +151,18 @@ def test_class_ids_go_with_the_weights(ranks, trained, image_folder, tmp_path, t
     assert sorted(name for name, _ in found[str(image)]) == CLASSES
 
 
+def test_a_list_of_another_length_is_not_taken_for_class_ids(
+    ranks, trained, image_folder, tmp_path
+):
+    path, image = tmp_path / "out.pt", min((image_folder / "val").rglob("*.JPEG"))
+    assert export.main([str(trained[0]), "--to", "torch", "--output", str(path)]) == 0
+    content = torch.load(path, weights_only=True)
+    for ids in (["cat", "dog"], ["a", "b", "c", "d", "e"]):
+        torch.save({**content, "classes": ids}, path)
+        found = evaluated(ranks, path, "--images", image, tmp_path=tmp_path)
+        assert sorted(name for name, _ in found[str(image)]) == ["0", "1", "2"]
+
+
 def test_classes_of_other_ids_are_said(ranks, trained, tmp_path, image_folder, capfd):
     other = tmp_path / "other"
     shutil.copytree(image_folder, other, ignore=shutil.ignore_patterns(".moevit-index"))

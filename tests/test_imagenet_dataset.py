@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -377,6 +378,19 @@ def test_validation_equals_torchvision_resize_and_centre_crop(tmp_path, size):
     bicubic = transforms.InterpolationMode.BICUBIC
     theirs = transforms.Compose([transforms.Resize(18, bicubic), transforms.CenterCrop(16)])
     torch.testing.assert_close(ours(image), normalised(theirs(image)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(90, 70), (70, 90), (64, 64)])
+@pytest.mark.parametrize("img_size", [56, 96])
+@pytest.mark.parametrize("crop_ratio", [0.875, 0.9, 0.95, 1.0])
+def test_validation_is_timms(tmp_path, size, img_size, crop_ratio):
+    """Sizes at which rounding, instead of timm's floor, gives other pixels are among them."""
+    write_image(tmp_path / "a.png", size=size)
+    image = decode_rgb(tmp_path / "a.png")
+    options = {"interpolation": "bicubic", "mean": MEAN, "std": STD}
+    ours = val_transform(img_size=(img_size, img_size), crop_ratio=crop_ratio, **options)
+    theirs = create_transform(img_size, crop_pct=crop_ratio, **options)
+    torch.testing.assert_close(ours(image), theirs(image), atol=1e-6, rtol=0)
 
 
 def test_validation_of_a_rectangle_never_pads(tmp_path):

@@ -43,6 +43,7 @@ LEVELS = {
     "augment": 2,
     "losses": 0,
     "lamb": 0,
+    "launch": 0,
     "distributed": 1,
     "init": 1,
     "validation": 1,
@@ -97,7 +98,12 @@ SEAMS = {
     "pyarrow": "arrow_files",
     "nvidia": "decoding",
 }
-READS_ENVIRONMENT = ("distributed", "train", "decoding")  # the last sets what a library reads
+READS_ENVIRONMENT = (
+    "distributed",
+    "launch",
+    "train",
+    "decoding",
+)  # the last sets what a library reads
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES = 400, 60, 14
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))
