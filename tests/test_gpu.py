@@ -10,6 +10,8 @@ import assemble
 import distributed
 import layers
 import train
+from augment import Normaliser
+from mixing import Eraser
 from resume import resume
 from tests.test_sharding import small_vit, train_plainly, train_sharded, worst_error
 from tests.test_train import digest
@@ -34,6 +36,29 @@ def test_sharded_training_on_one_rank_with_nccl_equals_plain_pytorch(cuda_world,
     found, sharded_norms = train_sharded(cuda_world, "adamw", accum, {"strategy": strategy}, {})
     assert worst_error([found], expected) <= 1e-4, "CPU reference, fp32 without TF32"
     assert sharded_norms == pytest.approx(norms, rel=1e-3)
+
+
+def test_what_is_erased_is_where_it_is_on_a_cpu_and_generators_come_back(cuda_world):
+    """Boxes are the same, the noise is the device's; all else of a batch stays as it is."""
+    position_B = torch.arange(32)
+    found = {}
+    for device in (torch.device("cpu"), cuda_world.device):
+        eraser = Eraser(prob=0.5, mode="pixel", count=2, device=device, seed=3)
+        before = torch.cuda.get_rng_state(cuda_world.device)
+        image_BCHW = torch.full((32, 3, 40, 56), 9.0, device=device)
+        once = eraser(image_BCHW.clone(), position_B)
+        assert torch.equal(eraser(image_BCHW.clone(), position_B), once)
+        assert torch.equal(torch.cuda.get_rng_state(cuda_world.device), before)
+        found[device.type] = (once != 9).cpu()
+    assert torch.equal(found["cpu"], found["cuda"])
+    assert 5 < found["cpu"].flatten(1).any(1).sum() < 27
+
+
+def test_pixels_are_normalised_as_on_a_cpu(cuda_world):
+    image_BCHW = torch.randint(0, 256, (4, 3, 9, 7), dtype=torch.uint8)
+    normalise = Normaliser((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    found = normalise.batch(image_BCHW.to(cuda_world.device)).cpu()
+    torch.testing.assert_close(found, normalise.batch(image_BCHW), atol=1e-6, rtol=0)
 
 
 def logged(folder):

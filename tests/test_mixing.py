@@ -144,11 +144,11 @@ def test_random_erasing_has_the_statistics_of_its_paper():
     assert noise.std().item() == pytest.approx(1, abs=0.01)
 
 
-def seen_targets(world, config):
+def seen_targets(world, config, start_step=0):
     run, _ = assemble.prepare(config, world)
     pairs = [
         (batch.position_B.tolist(), *train.to_device(run, batch))
-        for batch in assemble.train_batches(run, start_step=0)
+        for batch in assemble.train_batches(run, start_step=start_step)
     ]
     return [(positions, image.numpy(), target.numpy()) for positions, image, target in pairs]
 
@@ -164,6 +164,24 @@ def test_the_same_images_are_erased_and_mixed_alike_on_one_and_two_ranks(ranks, 
         (twin,) = [item for item in shared if item[0] == positions]
         assert (image == twin[1]).all()
         assert (target == twin[2]).all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_workers_and_resuming_change_nothing_of_what_a_step_gets(
+    ranks, small_run, num_workers, start_step
+):
+    options = ["dataset.train.mixup=0.8", "dataset.train.cutmix=1", "dataset.train.reprob=0.5"]
+    options += ["dataset.train.batch_size=4", "dataset.train.auto_augment=rand-m9-mstd0.5-inc1"]
+    options += ["dataset.train.recount=3", "training.steps=4"]
+    (whole,) = ranks(1, seen_targets, small_run(*options))
+    config = small_run(*options, f"dataset.num_workers={num_workers}")
+    (found,) = ranks(1, seen_targets, config, start_step)
+    assert len(found) == 4 - start_step
+    for (place, image, target), (same_place, *same) in zip(found, whole[start_step:], strict=True):
+        assert place == same_place
+        assert (image == same[0]).all()
+        assert (target == same[1]).all()
 
 
 @pytest.mark.parametrize(

@@ -266,12 +266,26 @@ def test_recipe_of_fine_tuning_has_the_published_curve(recipe):
         assert found == pytest.approx(lr, rel=1e-3), epoch
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED)
+# Deep Incubation's phases as options of deit_base, whose other values they have: 625 updates of
+# 2048 images in an epoch.
+INCUBATION = {
+    "incubation_pt": "training.steps=187500 optimizer.warmup_steps=12500 "
+    "dataset.train.batch_size=256",
+    "incubation_mt": "training.steps=62500 optimizer.warmup_steps=12500 "
+    "training.grad_accum_steps=2",
+    "incubation_ft": "training.steps=62500 optimizer.warmup_steps=0 optimizer.warmup_lr=null "
+    "optimizer.warmup_prefix=true dataset.train.batch_size=64 training.grad_accum_steps=4",
+}
+
+
+@pytest.mark.parametrize("recipe", [*PUBLISHED, *INCUBATION])
 def test_recipe_has_the_published_lr_decay_and_momentum_at_ten_epochs(recipe):
     """By the schedule per epoch of the originals; decay and momentum are the same in all."""
-    config = compose.compose(recipe, ["optimizer.schedule_per_epoch=true"])
+    words = INCUBATION.get(recipe, "").split()
+    name = "deit_base" if recipe in INCUBATION else recipe
+    config = compose.compose(name, [*words, "optimizer.schedule_per_epoch=true"])
     o, t = config.optimizer, config.training
-    epochs, curve, decay = PUBLISHED[recipe]
+    epochs, curve, decay = PUBLISHED.get(recipe) or (SCHEDULES[recipe][0], recipe, 0.05)
     weight, bias = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(2))
     named = [("head.weight", weight), ("head.bias", bias)]
     optimizer = optim.build_optimizer(

@@ -152,8 +152,15 @@ def test_other_labels_and_names_of_as_many_images_are_refused(small_run, images)
         dataclasses.replace(images, labels=labels),
         dataclasses.replace(images, paths=images.paths[1:] + images.paths[:1]),
     ):
-        with pytest.raises(ValueError, match="dataset_sha256"):
+        with pytest.raises(
+            ValueError, match=r"dataset_sha256.*names or labels of images are other"
+        ):
             resume.check_resumable(run_of(small_run(*BASE), other), saved_by(before))
+    paths = [path.replace("n02", "n2x") for path in images.paths]
+    renamed = dataclasses.replace(images, classes=("n01", "n2x", "n03"), paths=paths)
+    says = "1 of 3 classes were others in training: class 1 was n02, is n2x"
+    with pytest.raises(ValueError, match=says):
+        resume.check_resumable(run_of(small_run(*BASE), renamed), saved_by(before))
 
 
 def test_a_checkpoint_of_before_an_option_had_its_default(small_run, images):
