@@ -23,6 +23,7 @@ import sdpa
 import sharding
 import train
 import vit
+from augment import Normaliser
 from feed import Feed, Tolerance
 from imagenet_dataset import Batch
 from mixing import Mixer
@@ -429,13 +430,14 @@ def test_mixing_model_and_loss_copy_nothing_between_host_and_device():
 
 
 def test_positions_of_a_batch_stay_on_the_host():
-    batch = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    image_BCHW = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    batch = Batch(image_BCHW, torch.zeros(2, dtype=torch.int64), torch.arange(2))
     loader = torch.utils.data.DataLoader([batch], batch_sampler=[[0]], collate_fn=lambda b: b[0])
     feed = Feed(
         loader,
         split="train",
         device=torch.device("meta"),
-        normaliser=None,
+        normaliser=Normaliser((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         tolerance=Tolerance(None),
     )
     (moved,) = feed
