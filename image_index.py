@@ -162,7 +162,7 @@ def select(index: ImageIndex, *, class_filter: Sequence[str], share: float) -> I
     if unknown:
         raise ValueError(
             f"config dataset.class_filter={unknown[:5]}: not among the {len(index.classes)} "
-            f"classes of {index.root} ({', '.join(index.classes[:5])}, ...)"
+            f"classes of {index.root}, the first of which are {', '.join(index.classes[:5])}"
         )
     classes = tuple(name for name in index.classes if not class_filter or name in class_filter)
     if classes == index.classes and share == 1:

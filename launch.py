@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import time
 
 FACTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PORTS = range(1, 2**16)
+FIND_HOST_S = 20  # the name of a machine that has just started may not be known at once
 
 
 def _number(name: str) -> int:
@@ -58,11 +60,18 @@ def check_meeting_place() -> str:
     port = _number("MASTER_PORT")
     if port not in PORTS:
         raise ValueError(f"environment MASTER_PORT={port}: must be {PORTS[0]} to {PORTS[-1]}")
-    try:
-        socket.getaddrinfo(address, port)
-    except OSError as error:
-        raise OSError(f"environment MASTER_ADDR={address}: no such host: {error}") from error
-    return f"{address}:{port}"
+    given_up = time.monotonic() + FIND_HOST_S
+    while True:
+        try:
+            socket.getaddrinfo(address, port)
+        except OSError as error:
+            if time.monotonic() >= given_up:
+                raise OSError(
+                    f"environment MASTER_ADDR={address}: no such host: {error}"
+                ) from error
+            time.sleep(1)
+        else:
+            return f"{address}:{port}"
 
 
 def keep_freed_memory() -> None:

@@ -70,6 +70,22 @@ def test_half_an_environment_is_refused(monkeypatch):
         launch.launch_facts()
 
 
+def test_a_host_whose_name_is_not_known_yet_is_looked_for_again(monkeypatch):
+    answers = [OSError("no such name"), OSError("no such name"), []]
+
+    def look_up(*_):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+
+    monkeypatch.setattr(launch.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(launch.time, "sleep", lambda _: None)
+    for name, value in MEETING.items():
+        monkeypatch.setenv(name, value)
+    assert launch.check_meeting_place() == "127.0.0.1:29555"
+    assert answers == []
+
+
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
 
@@ -93,6 +109,7 @@ def test_a_wrong_environment_is_one_line_of_the_program(
     monkeypatch, capsys, small_run, tmp_path, program, changes, message
 ):
     """Whatever it is, the message itself must not ask for what is wrong."""
+    monkeypatch.setattr(launch, "FIND_HOST_S", 0)
     for name, value in {**TORCHRUN, **MEETING, **changes}.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(
             name, value
