@@ -276,17 +276,25 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table and write it with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+def parse(
+    argv: list[str] | None, name: str, about: str | None, *, images: int, epochs: int, rounds: int
+) -> argparse.Namespace:
+    """Return the arguments of a benchmark of loaders, with its own defaults."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-loader.json")
+    parser.add_argument("--out", type=Path, help=f"default: results/<date>-cpu-{name}.json")
     arguments = parser.parse_args(argv)
     if arguments.images * arguments.epochs < BATCH:
         parser.error(f"--images x --epochs must be at least a batch, {BATCH}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table and write it with what is needed to repeat it."""
+    arguments = parse(argv, "loader", __doc__, images=640, epochs=8, rounds=5)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root, shards = Path(folder) / "images", Path(folder) / "shards"

@@ -9,7 +9,6 @@ files. tests/test_augment.py and tests/test_mixing.py compare policies and erasi
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -27,7 +26,7 @@ import compose
 from benchmarks import common
 from benchmarks.decoders import Timing
 from benchmarks.jpegs import QUALITY, SIZE, make_images
-from benchmarks.loader import BATCH, measure, ours, ratio, rival, timed
+from benchmarks.loader import BATCH, measure, ours, parse, ratio, rival, timed
 from decoding import pick_decoder
 from imagenet_dataset import Batch
 from mixing import Eraser
@@ -106,15 +105,7 @@ def summarise(found: dict[str, list[Timing]]) -> list[common.Row]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-loader_recipes.json")
-    arguments = parser.parse_args(argv)
-    if arguments.images * arguments.epochs < BATCH:
-        parser.error(f"--images x --epochs must be at least a batch, {BATCH}")
+    arguments = parse(argv, "loader_recipes", __doc__, images=256, epochs=4, rounds=4)
     torch.set_num_threads(1)
     steps = arguments.images * arguments.epochs // BATCH
     with tempfile.TemporaryDirectory() as folder:
