@@ -370,7 +370,7 @@ def main(argv: list[str]) -> int:
         print(f"stopped: {reason}; the same command resumes", file=sys.stderr, flush=True)
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
