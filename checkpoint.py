@@ -25,9 +25,9 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-import dcp_writer
-from dcp_writer import MANIFEST, NAME, SCHEMA_VERSION, STATE, Json, sha256
-from safe_dcp import SafeReader, untrusted_reason
+from weights import dcp_writer
+from weights.dcp_reader import SafeReader, untrusted_reason
+from weights.dcp_writer import MANIFEST, NAME, SCHEMA_VERSION, STATE, Json, sha256
 
 # Larger ones are not ours: a manifest has some 120 bytes for each rank.
 _MAX_JSON_BYTES = 8 * 2**20

@@ -29,20 +29,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import assemble
-import compose
-import distributed
-import feed
-import image_reader
-import launch
-import models
-import scoring
-import stopping
-import weight_files
-from distributed import World
-from logbook import print_table
-from schema import Config, walk
-from weight_sources import (
+from images import feed, image_reader
+from options import compose
+from options.schema import Config, walk
+from parallel import distributed, launch
+from parallel.distributed import World
+from training import network, prepare, scoring, stopping
+from training.logbook import print_table
+from weights import files as weight_files
+from weights.sources import (
     BEST,
     Choice,
     Source,
@@ -77,14 +72,14 @@ def load_model(source: Source, config: Config, device: torch.device) -> nn.Modul
     Raises:
         ValueError: Names or shapes are not the model's.
     """
-    backend, _ = models.pick_backend(config, device)
-    model = models.build_model(config, backend=backend, on_meta=False, device=device)
+    backend, _ = network.pick_backend(config, device)
+    model = network.build_model(config, backend=backend, on_meta=False, device=device)
     try:
         model.load_state_dict(source.weights(), strict=True)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{source.origin}: {problem}") from error
-    return model.to(device, models.pick_dtype(config.model.dtype, device)).eval()
+    return model.to(device, network.pick_dtype(config.model.dtype, device)).eval()
 
 
 def check_used(arguments: argparse.Namespace) -> None:
@@ -147,13 +142,13 @@ def score(
 
     `trained` are the classes' ids in training, if they are known.
     """
-    index = assemble.find_val_images(config, world)
+    index = prepare.find_val_images(config, world)
     if world.is_main and (others := other_classes(trained, index.classes)):
         print(f"note: {index.root}: {others}")
     num_classes = len(index.classes)
     sums_Y4 = scoring.score(
         model,
-        assemble.val_batches(config, index, world),
+        prepare.val_batches(config, index, world),
         device=world.device,
         dtype=next(model.parameters()).dtype,
     ).cpu()
@@ -191,7 +186,7 @@ def predict(
     Raises:
         ValueError: A file is no image that can be read.
     """
-    transform = assemble.val_transform(config)
+    transform = prepare.val_transform(config)
     parameter = next(model.parameters())
     found = {}
     for path in paths:

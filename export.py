@@ -48,12 +48,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import formats
-import weight_files
-from dcp_writer import MANIFEST, METADATA, NAME, STATE
-from formats import Json, MtlFile
-from model_options import ViTOptions
-from weight_sources import BEST, Choice, Source, name_options, picked_metric, read_source
+from options.model_options import ViTOptions
+from weights import files as weight_files
+from weights import formats
+from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
+from weights.formats import Json, MtlFile
+from weights.sources import BEST, Choice, Source, name_options, picked_metric, read_source
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from augment import CropAndFlip, Transform, drawing_from
-from decoding import Encoded, UnreadableError
-from image_order import MicrobatchSampler, Order, epoch_permutation
-from image_reader import ImageReader, describe
-from seeds import stable_seed
+from images.augment import CropAndFlip, Transform, drawing_from
+from images.decoding import Encoded, UnreadableError
+from images.image_order import MicrobatchSampler, Order, epoch_permutation
+from images.image_reader import ImageReader, describe
+from parallel.seeds import stable_seed
 
 NOT_COUNTED = -1  # label of an image that only fills up a validation batch
 READ_AHEAD = 64  # images of a batch: while the code to read and draw is in the CPU's cache

@@ -17,10 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-import init
-import kernels
-from layers import Mlp, through
-from routers import Router, Routing
+from layers import init
+from layers.modules import Mlp, through
+from moe_kernels import ops
+from routers.router import Router, Routing
 
 
 class Exchange(Protocol):
@@ -64,7 +64,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         local = num_experts // ep_size
-        rows = hidden_dim * (2 if kernels.ACTIVATIONS[activation][1] else 1)
+        rows = hidden_dim * (2 if ops.ACTIVATIONS[activation][1] else 1)
         self.activation = activation
         self.ep_size, self.ep_rank = ep_size, ep_rank
         self.num_local = local
@@ -162,7 +162,7 @@ class MoE(nn.Module):
         )
         self.routing = routing
         if self.exchange is None:
-            plan = kernels.plan_rows(routing.expert_id_Tk, self.router.options.num_experts)
+            plan = ops.plan_rows(routing.expert_id_Tk, self.router.options.num_experts)
             y_TD = self._experts(x_TD, routing.weight_Tk, plan)
         else:
             y_TD = self._among_peers(x_TD, routing, self.exchange)
@@ -170,9 +170,9 @@ class MoE(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         return through(self.drop, y_TD).view_as(x_BLD)
 
-    def _experts(self, x_TD: Tensor, weight_Tk: Tensor, plan: kernels.RowPlan) -> Tensor:
+    def _experts(self, x_TD: Tensor, weight_Tk: Tensor, plan: ops.RowPlan) -> Tensor:
         e = self.experts
-        return kernels.moe_ffn(
+        return ops.moe_ffn(
             x_TD,
             weight_Tk,
             plan,
@@ -187,18 +187,18 @@ class MoE(nn.Module):
     def _among_peers(self, x_TD: Tensor, routing: Routing, exchange: Exchange) -> Tensor:
         """Send each row to the rank of its expert and back; waits once, for the counts."""
         size, num_experts = exchange.size, self.router.options.num_experts
-        plan = kernels.plan_rows(routing.expert_id_Tk, num_experts)
+        plan = ops.plan_rows(routing.expert_id_Tk, num_experts)
         send_Ee = plan.rows_per_expert_E.view(size, num_experts // size)
         receive_Ee = exchange.counts(send_Ee)
         send_P, receive_P = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).cpu().unbind()
         # Dropped rows stand last in the plan and stay here.
         num_choices = routing.weight_Tk.shape[1]
-        x_RD = kernels.gather_rows(x_TD, plan, num_choices=num_choices, backend=self.kernel_backend)
+        x_RD = ops.gather_rows(x_TD, plan, num_choices=num_choices, backend=self.kernel_backend)
         x_ND = exchange.rows(x_RD, send_P=send_P, receive_P=receive_P)
         one_N1 = routing.weight_Tk.new_ones(x_ND.shape[0], 1)
-        y_ND = self._experts(x_ND, one_N1, kernels.RowPlan(*_plan_arrived(x_ND, receive_Ee)))
+        y_ND = self._experts(x_ND, one_N1, ops.RowPlan(*_plan_arrived(x_ND, receive_Ee)))
         y_RD = exchange.rows(y_ND, send_P=receive_P, receive_P=send_P, num_rows=x_RD.shape[0])
-        return kernels.combine(y_RD, routing.weight_Tk, plan.inverse_R, backend=self.kernel_backend)
+        return ops.combine(y_RD, routing.weight_Tk, plan.inverse_R, backend=self.kernel_backend)
 
 
 # A custom op: a graph could not follow what sorts a number of rows that it does not know.
@@ -208,7 +208,7 @@ def _plan_arrived(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor
     num_peers, num_experts = rows_Pe.shape
     local_e = torch.arange(num_experts, device=x_ND.device).repeat(num_peers)
     expert_id_N = local_e.repeat_interleave(rows_Pe.flatten(), output_size=x_ND.shape[0])
-    plan = kernels.plan_rows(expert_id_N[:, None], num_experts)
+    plan = ops.plan_rows(expert_id_N[:, None], num_experts)
     return plan.order_R, plan.inverse_R, plan.offset_E1, plan.rows_per_expert_E
 
 

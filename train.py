@@ -27,32 +27,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import assemble
-import compose
-import distillation
-import distributed
-import expert_load
-import feed
-import launch
-import layers
 import moe
-import optim
-import pretrained
-import run_folder
-import scoring
-import sharding
-from assemble import Run
-from dcp_writer import NonFiniteTensorError
-from distributed import World
-from expert_load import ExpertLoad
 from imagenet_dataset import Batch
-from logbook import Logbook, print_table
-from optim import Ema
-from resume import Start, note_start, open_folder, open_logbook, resume
-from saver import Saver
-from schema import Config
-from scoring import NonFiniteError
-from stopping import EXIT_STOPPED, Stopped, StopSignals, leave
+from images import feed
+from layers import modules
+from options import compose
+from options.schema import Config
+from parallel import distributed, launch, sharding
+from parallel.distributed import World
+from training import distillation, expert_load, optim, prepare, pretrained, run_folder, scoring
+from training.expert_load import ExpertLoad
+from training.logbook import Logbook, print_table
+from training.optim import Ema
+from training.prepare import Run
+from training.resume import Start, note_start, open_folder, open_logbook, resume
+from training.saver import Saver
+from training.scoring import NonFiniteError
+from training.stopping import EXIT_STOPPED, Stopped, StopSignals, leave
+from weights.dcp_writer import NonFiniteTensorError
 
 EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 5, 69, 130
 
@@ -102,7 +94,7 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
         image_BCHW, target = to_device(run, batch)
         distributed.seed_step(t.seed, step=step, microbatch=number, rank=run.world.rank)
         with sharding.microbatch(run.model, is_last=number == t.grad_accum_steps - 1):
-            with layers.fp8_context(run.config.model.te_fp8):
+            with modules.fp8_context(run.config.model.te_fp8):
                 logits_BY = run.model(image_BCHW)
             loss = run.criterion(logits_BY, target, image_BCHW) * share
             balance = moe.balance_loss(run.model) * share
@@ -134,7 +126,7 @@ def validate(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
 
     sums_Y4 = scoring.score(
         run.model,
-        assemble.val_batches(run.config, run.val_index, run.world),
+        prepare.val_batches(run.config, run.val_index, run.world),
         device=run.world.device,
         dtype=run.dtype,
         after_batch=after_batch,
@@ -207,7 +199,7 @@ def fit(
         Stopped: On every rank, when a rank was asked to stop and the checkpoint is on disk.
     """
     t = run.config.training
-    batches = assemble.train_batches(run, start_step=start.step)
+    batches = prepare.train_batches(run, start_step=start.step)
     meter, images, train_s = Meter.start(run.world.device), 0, 0.0
     figures: dict[str, float] = {}
     for done in range(start.step + 1, t.steps + 1):
@@ -295,7 +287,7 @@ def train(config: Config, world: World) -> None:
     """
     distributed.require_equal("config", compose.to_yaml(config))
     with StopSignals() as stop:
-        run, choices = assemble.prepare(config, world)
+        run, choices = prepare.prepare(config, world)
         run = distillation.with_teacher(run)
         with run_folder.locked(run.folder):
             start = resume(run)

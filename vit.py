@@ -15,11 +15,9 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-import init
-import layers
-import recompute
-from layers import through
-from vit_options import VitOptions, require
+from layers import init, modules, recompute
+from layers.modules import through
+from options.vit_options import VitOptions, require
 
 
 class DropPath(timm.layers.DropPath):
@@ -50,8 +48,8 @@ class Block(nn.Module):
     def __init__(self, o: VitOptions, *, drop_path: float, ffn: nn.Module | None) -> None:
         super().__init__()
         is_te, dim = o.backend == "te", o.embed_dim
-        self.norm1 = None if is_te else layers.layer_norm(dim)
-        self.attn = layers.Attention(
+        self.norm1 = None if is_te else modules.layer_norm(dim)
+        self.attn = modules.Attention(
             dim,
             o.num_heads,
             qkv_bias=o.qkv_bias,
@@ -63,13 +61,13 @@ class Block(nn.Module):
             kernel=o.sdpa,
             backend=o.backend,
         )
-        self.ls1 = None if o.init_values is None else layers.LayerScale(dim)
-        self.norm2 = None if is_te and ffn is None else layers.layer_norm(dim)
+        self.ls1 = None if o.init_values is None else modules.LayerScale(dim)
+        self.norm2 = None if is_te and ffn is None else modules.layer_norm(dim)
         self.mlp = _dense_mlp(o) if ffn is None else ffn
-        self.ls2 = None if o.init_values is None else layers.LayerScale(dim)
+        self.ls2 = None if o.init_values is None else modules.LayerScale(dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else None
         if is_te:
-            layers.use_canonical_state_dict(self)
+            modules.use_canonical_state_dict(self)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the block's output: x_BLD -> x_BLD. A norm that is None is inside TE's layer."""
@@ -80,7 +78,7 @@ class Block(nn.Module):
 
 
 def _dense_mlp(o: VitOptions) -> nn.Module:
-    return layers.Mlp(
+    return modules.Mlp(
         o.embed_dim,
         o.hidden_dim,
         bias=o.proj_bias,
@@ -194,11 +192,11 @@ class VisionTransformer(nn.Module):
             num_classes=num_classes,
             sincos_hw=self.options.grid_hw if pos_embed == "sincos" else None,
         )
-        init.attach(self, scheme, canonical_name=layers.canonical_name)
+        init.attach(self, scheme, canonical_name=modules.canonical_name)
 
     def _build_stem(self, o: VitOptions) -> None:
         dim = o.embed_dim
-        self.patch_embed = layers.PatchEmbed(
+        self.patch_embed = modules.PatchEmbed(
             dim, o.in_chans, patch_hw=o.patch_hw, bias=not o.pre_norm, is_padded=o.dynamic_img_pad
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if o.class_token else None
@@ -216,20 +214,20 @@ class VisionTransformer(nn.Module):
         self.patch_drop = (
             timm.layers.PatchDropout(o.patch_drop_rate, o.num_prefix_tokens) if drops else None
         )
-        self.norm_pre = layers.layer_norm(dim) if o.pre_norm else None
+        self.norm_pre = modules.layer_norm(dim) if o.pre_norm else None
 
     def _build_top(self, o: VitOptions) -> None:
         dim, is_after = o.embed_dim, o.is_norm_after_pool
-        self.norm = layers.layer_norm(dim) if o.final_norm and not is_after else None
+        self.norm = modules.layer_norm(dim) if o.final_norm and not is_after else None
         is_map = o.global_pool == "map"
         self.attn_pool = (
-            layers.AttentionPool(dim, o.num_heads, mlp_ratio=o.mlp_ratio) if is_map else None
+            modules.AttentionPool(dim, o.num_heads, mlp_ratio=o.mlp_ratio) if is_map else None
         )
-        self.fc_norm = layers.layer_norm(dim) if o.final_norm and is_after else None
+        self.fc_norm = modules.layer_norm(dim) if o.final_norm and is_after else None
         self.head_drop = nn.Dropout(o.drop_rate) if o.drop_rate > 0 else None
-        self.head = layers.linear(dim, o.num_classes, bias=True) if o.num_classes else None
+        self.head = modules.linear(dim, o.num_classes, bias=True) if o.num_classes else None
         has_second = o.distilled and o.num_classes > 0
-        self.head_dist = layers.linear(dim, o.num_classes, bias=True) if has_second else None
+        self.head_dist = modules.linear(dim, o.num_classes, bias=True) if has_second else None
 
     def _check_image(self, image_BCHW: Tensor) -> None:
         o = self.options

@@ -36,15 +36,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-import assemble
 import checkpoint
-import compose
-import dcp_writer
-import distributed
-from async_checkpoint import AsyncSaver, Committed
 from benchmarks import common, folders
-from dcp_writer import TensorTree
-from run_folder import Swept
+from options import compose
+from parallel import distributed
+from training import prepare
+from training.run_folder import Swept
+from weights import dcp_writer
+from weights.background import AsyncSaver, Committed
+from weights.dcp_writer import TensorTree
 
 RIVAL = "moevit, at once"
 STOCK, BACKGROUND, ON_DISK = "stock DCP, at once", "moevit, background", "... until on disk"
@@ -238,7 +238,7 @@ def run_rank(rank: int, arguments: argparse.Namespace, root: Path) -> None:
     ):
         options = folders.options(distributed.from_main(images))
         config = compose.compose(arguments.config_name, [*options, *arguments.overrides])
-        run, _ = assemble.prepare(config, world)
+        run, _ = prepare.prepare(config, world)
         tensors = run.tensors()
         num_bytes = dcp_writer.num_bytes(tensors)
         times = measure(

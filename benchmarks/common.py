@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from logbook import versions
+from training.logbook import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

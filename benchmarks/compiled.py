@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-import assemble
-import compose
-import distributed
 from benchmarks import common, steps
 from benchmarks.clock import Clock, interleave, wall_clock
 from benchmarks.moe_cpu import CLOCKS
 from benchmarks.train_step import OVERRIDES
+from options import compose
+from parallel import distributed
+from training import prepare
 
 EAGER, COMPILED = "eager", "compiled"
 CONFIGS = ("vit_tiny_patch8_64", "vit_moe_tiny_patch8_64")
@@ -37,7 +37,7 @@ def measure(name: str, overrides: list[str], *, repeats: int, clock: Clock) -> l
             is_compiled = str(kind == COMPILED).lower()
             options = [*OVERRIDES, *overrides, f"model.compile={is_compiled}"]
             config = compose.compose(name, options)
-            run, _ = assemble.prepare(config, world)
+            run, _ = prepare.prepare(config, world)
             found[kind] = steps.sharded_step(run, steps.make_batch(config, world.device))
             losses: list[float] = []
             step = found[kind]

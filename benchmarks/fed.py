@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 
-import assemble
-import compose
-import distributed
 import train
 from benchmarks import common, jpegs, steps
 from imagenet_dataset import Batch
+from options import compose
+from parallel import distributed
+from training import prepare
 
 SYNTHETIC, ALONE, FED = "synthetic", "loader alone", "fed"
 PREFETCHED = 2  # batches that each worker holds ready, at most
@@ -62,7 +62,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def blocks_of(run: assemble.Run, batches: Iterator[Batch]) -> dict[str, Block]:
+def blocks_of(run: prepare.Run, batches: Iterator[Batch]) -> dict[str, Block]:
     """Return what each way does for a number of steps."""
     device = run.world.device
     synthetic = steps.sharded_step(run, steps.make_batch(run.config, device))
@@ -84,11 +84,11 @@ def blocks_of(run: assemble.Run, batches: Iterator[Batch]) -> dict[str, Block]:
 
 
 def measure(
-    run: assemble.Run, *, block_steps: int, blocks: int, limit_s: float
+    run: prepare.Run, *, block_steps: int, blocks: int, limit_s: float
 ) -> dict[str, list[float]]:
     """Return milliseconds per step of each way and block."""
     device, num_ready = run.world.device, PREFETCHED * run.config.dataset.num_workers
-    ways = blocks_of(run, assemble.train_batches(run, start_step=0))
+    ways = blocks_of(run, prepare.train_batches(run, start_step=0))
     times: dict[str, list[float]] = {name: [] for name in ways}
     started = time.monotonic()
     for number in range(blocks + 1):
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         overrides.append(f"dataset.train.root={folder}")
         config = compose.compose(o.config_name, overrides)
         with distributed.process_group(device, timeout_s=600) as world:
-            run, _ = assemble.prepare(config, world)
+            run, _ = prepare.prepare(config, world)
             times = measure(run, block_steps=o.block_steps, blocks=o.blocks, limit_s=o.limit_s)
             rows = rows_of(times, batch=o.batch)
             common.print_rows(rows)

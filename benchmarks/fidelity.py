@@ -51,9 +51,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode
 
-import compose
 from benchmarks import common
-from schema import Config, walk
+from options import compose
+from options.schema import Config, walk
 
 LOOPS = ("ours", "timm")
 # One rank has the images of an update that the config gives to two.

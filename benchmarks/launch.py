@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-import archives
 from benchmarks import common
+from images import archives
 
 RIVAL, OURS, FLOOR = "plain timm script", "train.py", "import torch, timm"
 FIRST_STEP = "train step=1 "

@@ -45,15 +45,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from augment import Normaliser, Transform, train_transform
 from benchmarks import common
 from benchmarks.decoders import Timing, decode_runs, scaled_gain
 from benchmarks.jpegs import QUALITY, SIZE, make_images
-from decoding import pick_decoder
-from feed import Feed, Tolerance
-from image_reader import ImageReader
 from imagenet_dataset import train_loader
-from layouts import index_images
+from images.augment import Normaliser, Transform, train_transform
+from images.decoding import pick_decoder
+from images.feed import Feed, Tolerance
+from images.image_reader import ImageReader
+from images.layouts import index_images
 
 BATCH, CROP = 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

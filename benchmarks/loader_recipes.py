@@ -20,17 +20,17 @@ import torch
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
-import assemble
-import augment
-import compose
 from benchmarks import common
 from benchmarks.decoders import Timing
 from benchmarks.jpegs import QUALITY, SIZE, make_images
 from benchmarks.loader import BATCH, measure, ours, parse, ratio, rival, timed
-from decoding import pick_decoder
 from imagenet_dataset import Batch
-from mixing import Eraser
-from schema import Config
+from images import augment
+from images.decoding import pick_decoder
+from images.mixing import Eraser
+from options import compose
+from options.schema import Config
+from training import prepare
 
 RECIPES = ("deit_base", "deit3_base")
 
@@ -77,9 +77,9 @@ def build(root: Path, workers: int, *, steps: int) -> dict[str, Callable[[], Tim
             workers,
             decoder=pick_decoder("auto")[0],
             steps=steps,
-            transform=assemble.train_transform(config),
+            transform=prepare.train_transform(config),
         )
-        eraser = assemble.build_eraser(config, torch.device("cpu"))
+        eraser = prepare.build_eraser(config, torch.device("cpu"))
         finish = partial(erase, eraser) if eraser else None
         runs[f"moevit, {name}"] = partial(timed, feed, finish)
     return runs

@@ -45,7 +45,7 @@ def library_errors(backend: str) -> Errors:
     usual = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError)
     compiler: Errors = ()
     if backend == "triton":
-        compiler = (importlib.import_module("triton_seam").triton.TritonError,)
+        compiler = (importlib.import_module("moe_kernels.triton_seam").triton.TritonError,)
     return (*usual, RuntimeError, TypeError, ValueError, *compiler)
 
 

@@ -27,8 +27,8 @@ from torch.nn import functional
 import moe
 from benchmarks import common
 from benchmarks.clock import Clock, Run, interleave, wall_clock
-from layers import Mlp
-from routers import Router
+from layers.modules import Mlp
+from routers.router import Router
 
 NUM_EXPERTS, TOP_K = 8, 2
 RIVAL, OURS = "dense", "moevit"

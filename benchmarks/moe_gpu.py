@@ -27,13 +27,13 @@ from pathlib import Path
 
 import torch
 
-import triton_tiles
 from benchmarks import common, moe_kernels, moe_rivals
 from benchmarks.clock import Clock, Run, clock_of, host_ms, interleave
 from benchmarks.moe_check import OURS, Build, Errors, LayerRow, library_errors, prepare
 from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS, layer_floor_ms, works
 from benchmarks.moe_rivals import Case, Contender, Problem, draw
-from kernels import resolve_kernels
+from moe_kernels import tiles
+from moe_kernels.ops import resolve_kernels
 
 PACKAGES = ("torch", "triton", "scattermoe", "sonic-moe", "megablocks", "liger-kernel")
 # Percent of the H200's rate that forward and backward of (dim, hidden) are to reach.
@@ -217,15 +217,15 @@ def measure(case: Case, build: dict[str, Build], setting: Setting) -> CaseResult
 
 def tune(cases: list[Case], setting: Setting, *, table: Path, deadline_s: float) -> None:
     """Write the fastest tiles of each case's size to a table, after each; the others stay."""
-    entries = triton_tiles.read_table(triton_tiles.TABLE)
+    entries = tiles.read_table(tiles.TABLE)
     for case in cases:
         if time.monotonic() > deadline_s:
             print(f"out of time before {case.label}")
             break
-        size, tiles = moe_kernels.tuned(setting.draw(case), setting.clock, repeats=setting.repeats)
-        entries[size] = tiles
-        triton_tiles.write_table(table, entries)
-        print(f"{case.label}: {tiles}", flush=True)
+        size, best = moe_kernels.tuned(setting.draw(case), setting.clock, repeats=setting.repeats)
+        entries[size] = best
+        tiles.write_table(table, entries)
+        print(f"{case.label}: {best}", flush=True)
 
 
 def versions() -> dict[str, str | None]:
@@ -262,7 +262,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=math.inf, help="start no case after this")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU: tests this file")
     parser.add_argument("--tune", action="store_true", help="write the table of tiles instead")
-    parser.add_argument("--table", type=Path, default=triton_tiles.TABLE)
+    parser.add_argument("--table", type=Path, default=tiles.TABLE)
     parser.add_argument("--out", type=Path, help="default: results/<date>-gpu-moe_gpu.json")
     return parser.parse_args(arguments)
 

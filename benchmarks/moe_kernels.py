@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-import kernels
 from benchmarks.clock import Clock, Run, interleave
 from benchmarks.moe_rivals import Case, Problem
-from routers import Router
-from triton_tiles import LayerSize, Tiles, layer_size
+from moe_kernels import ops
+from moe_kernels.tiles import LayerSize, Tiles, layer_size
+from routers.router import Router
 
 if TYPE_CHECKING:
-    from triton_tune import Sample
+    from benchmarks.tune_tiles import Sample
 
 # Measured rates of an H200: dense bf16 products, and copies.
 PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12
@@ -70,9 +70,9 @@ def layer_floor_ms(case: Case) -> float:
 
 def sample_of(p: Problem) -> Sample:
     """Return the tensors that the products of a step work on."""
-    plan = kernels.plan_rows(p.expert_id_Tk, p.case.num_experts)
-    function, is_gated = kernels.ACTIVATIONS[p.case.activation]
-    return importlib.import_module("triton_tune").Sample(
+    plan = ops.plan_rows(p.expert_id_Tk, p.case.num_experts)
+    function, is_gated = ops.ACTIVATIONS[p.case.activation]
+    return importlib.import_module("benchmarks.tune_tiles").Sample(
         x_TD=p.x_TD,
         dy_TD=p.dy_TD,
         weight_Tk=p.weight_Tk,
@@ -119,7 +119,7 @@ def _rivals_of_weights(p: Problem, ends_E: Tensor, *, left: int, right: int) -> 
 
 def rivals(p: Problem) -> dict[str, dict[str, Run]]:
     """Return by product how cuBLAS (E equal products) and torch._grouped_mm do one of its size."""
-    case, ends_E = p.case, kernels.plan_rows(p.expert_id_Tk, p.case.num_experts).offset_E1[1:]
+    case, ends_E = p.case, ops.plan_rows(p.expert_id_Tk, p.case.num_experts).offset_E1[1:]
     d, h, z = case.dim, case.hidden, p.w_in_EFD.shape[1]
     of_rows = {"up": (d, z), "down": (h, d), "hidden_grad": (d, h), "dx": (z, d)}
     of_weights = {"dw_in": (z, d), "dw_out": (d, h)}
@@ -137,7 +137,7 @@ def rivals(p: Problem) -> dict[str, dict[str, Run]]:
 
 def parts(p: Problem, *, backend: str) -> dict[str, Run]:
     """Return each part of a step that runs by itself; products do in Triton only."""
-    case, plan = p.case, kernels.plan_rows(p.expert_id_Tk, p.case.num_experts)
+    case, plan = p.case, ops.plan_rows(p.expert_id_Tk, p.case.num_experts)
     router = Router(case.dim, case.num_experts, top_k=case.num_choices).to(p.x_TD.device)
     for weight in router.parameters():
         nn.init.normal_(weight, std=0.02)
@@ -145,7 +145,7 @@ def parts(p: Problem, *, backend: str) -> dict[str, Run]:
     rows = (plan.inverse_R, case.num_choices, backend)
     found: dict[str, Run] = {
         "router": lambda: router(p.x_TD, sum_over_ranks=lambda total: total),
-        "plan": lambda: kernels.plan_rows(p.expert_id_Tk, case.num_experts),
+        "plan": lambda: ops.plan_rows(p.expert_id_Tk, case.num_experts),
         "combine": lambda: combine(y_RD, p.weight_Tk, *rows),
         "combine dx": lambda: combine(y_RD, None, *rows),
     }
@@ -154,7 +154,10 @@ def parts(p: Problem, *, backend: str) -> dict[str, Run]:
 
 def triton_parts(p: Problem) -> dict[str, Run]:
     """Return the Triton kernels of a step, with the tiles of the table."""
-    tune, k = (importlib.import_module(name) for name in ("triton_tune", "triton_kernels"))
+    tune, k = (
+        importlib.import_module(name)
+        for name in ("benchmarks.tune_tiles", "moe_kernels.triton_ffn")
+    )
     sample = sample_of(p)
     layer = tune.layer_of(sample, None)
     num_shares = -(-p.case.hidden // layer.tiles.hidden_grad.n)
@@ -181,4 +184,4 @@ def tuned(p: Problem, clock: Clock, *, repeats: int) -> tuple[LayerSize, Tiles]:
     def timer(run: Run) -> float:
         return statistics.median(interleave({"": run}, clock, repeats=repeats)[""])
 
-    return size, importlib.import_module("triton_tune").tune(sample_of(p), timer)
+    return size, importlib.import_module("benchmarks.tune_tiles").tune(sample_of(p), timer)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import kernels
+from moe_kernels import ops
 
 ROUTINGS = ("balanced", "lognormal", "one empty")
 LOGNORMAL_SIGMA = 0.5
@@ -55,7 +55,7 @@ class Case:
     @property
     def is_gated(self) -> bool:
         """Return whether w_in has a gate and a value half."""
-        return kernels.ACTIVATIONS[self.activation][1]
+        return ops.ACTIVATIONS[self.activation][1]
 
     @property
     def forward_flops(self) -> int:
@@ -77,7 +77,7 @@ class Problem:
 
     def activate(self, z_RF: Tensor) -> Tensor:
         """Return act(z), gate half first."""
-        name, is_gated = kernels.ACTIVATIONS[self.case.activation]
+        name, is_gated = ops.ACTIVATIONS[self.case.activation]
         function = getattr(functional, name)
         if not is_gated:
             return function(z_RF)
@@ -161,9 +161,9 @@ def moevit(p: Problem, *, backend: str, has_biases: bool) -> Contender:
     x_TD, weight_Tk, w_in, w_out = leaves[:4]
 
     def forward() -> Tensor:
-        plan = kernels.plan_rows(p.expert_id_Tk, p.case.num_experts)
+        plan = ops.plan_rows(p.expert_id_Tk, p.case.num_experts)
         flat_in, flat_out = w_in.flatten(0, 1), w_out.flatten(0, 1)
-        return kernels.moe_ffn(
+        return ops.moe_ffn(
             x_TD,
             weight_Tk,
             plan,
@@ -214,7 +214,7 @@ def grouped_mm(p: Problem) -> Contender:
     k = p.case.num_choices
 
     def forward() -> Tensor:
-        plan = kernels.plan_rows(p.expert_id_Tk, p.case.num_experts)
+        plan = ops.plan_rows(p.expert_id_Tk, p.case.num_experts)
         ends_E = plan.offset_E1[1:]
         x_RD = x_TD[plan.order_R // k]
         h_RF = p.activate(torch._grouped_mm(x_RD, w_in.transpose(1, 2), offs=ends_E))
@@ -277,21 +277,21 @@ def sonicmoe(p: Problem, library: ModuleType) -> Contender:
 
 def megablocks(p: Problem, library: ModuleType) -> Contender:
     """MegaBlocks (arXiv 2211.15841), its dropless layer with mlp_impl=grouped."""
-    ops, gemm = library, importlib.import_module("grouped_gemm.ops")
+    megablocks_ops, gemm = library, importlib.import_module("grouped_gemm.ops")
     leaves, case = _usual_leaves(p), p.case
     x_TD, weight_Tk, w_in, w_out = leaves
 
     def forward() -> Tensor:
         expert_R = p.expert_id_Tk.flatten().int()
-        bin_R, order_R = ops.sort(expert_R, max(case.num_experts - 1, 1).bit_length())
-        count_E = ops.histogram(expert_R, case.num_experts)
-        bins_E = ops.inclusive_cumsum(count_E, 0)
-        x_RD = ops.gather(x_TD, order_R, bin_R, bins_E, case.num_choices)
+        bin_R, order_R = megablocks_ops.sort(expert_R, max(case.num_experts - 1, 1).bit_length())
+        count_E = megablocks_ops.histogram(expert_R, case.num_experts)
+        bins_E = megablocks_ops.inclusive_cumsum(count_E, 0)
+        x_RD = megablocks_ops.gather(x_TD, order_R, bin_R, bins_E, case.num_choices)
         sizes_E = count_E.cpu().long()
         h_RF = p.activate(gemm.gmm(x_RD, w_in, sizes_E, trans_b=True))
         y_RD = gemm.gmm(h_RF, w_out, sizes_E, trans_b=True)
         gates = weight_Tk.flatten().to(y_RD.dtype)
-        return ops.scatter(y_RD, order_R, bin_R, gates, bins_E, case.num_choices)
+        return megablocks_ops.scatter(y_RD, order_R, bin_R, gates, bins_E, case.num_choices)
 
     return Contender(forward, leaves, p.dy_TD)
 

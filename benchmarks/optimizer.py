@@ -23,16 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import assemble
-import compose
-import distributed
-import layers
-import sharding
 from benchmarks import common, folders, steps
 from benchmarks.clock import Run, clock_of, interleave
 from benchmarks.moe_check import library_errors
 from benchmarks.moe_kernels import PEAK_BYTES
-from schema import Config
+from layers import modules
+from options import compose
+from options.schema import Config
+from parallel import distributed, sharding
+from training import prepare
 
 STREAM = "stream"  # of a large buffer, beside the updates, for the floor
 REFERENCE, OURS, TE = "AdamW, loop", "moevit", "TE FusedAdam"
@@ -83,7 +82,7 @@ class Plain:
 class Sharded:
     """Our optimizer over the shards of a run of one rank, with the given gradients."""
 
-    def __init__(self, run: assemble.Run, grads: dict[str, Tensor]) -> None:
+    def __init__(self, run: prepare.Run, grads: dict[str, Tensor]) -> None:
         self.run = run
         for group in run.optimizer.param_groups:
             group["lr"], group["weight_decay"] = run.config.optimizer.lr, 0.0
@@ -110,7 +109,7 @@ def te_adam(
     """
     if device.type != "cuda":
         raise ValueError("needs CUDA")
-    layers.transformer_engine()
+    modules.transformer_engine()
     fused = importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam
     probe = nn.Parameter(torch.ones(8, device=device))
     probe.grad = torch.ones_like(probe)
@@ -135,7 +134,7 @@ def build(config: Config, world: distributed.World) -> tuple[dict[str, Way], dic
         ways[TE] = te_adam(weights, grads, settings, world.device)
     except library_errors("torch") as error:
         missing[TE] = f"{type(error).__name__}: {error}".splitlines()[0]
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     sharded = Sharded(run, grads)
     ways[OURS] = (sharded.update, sharded.values)
     return ways, missing

@@ -27,12 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-import assemble
-import compose
-import distributed
-import launch
 from benchmarks import common, steps
 from benchmarks.train_step import OVERRIDES
+from options import compose
+from parallel import distributed, launch
+from training import prepare
 
 IDEAL, OURS, ALONE = "2 processes apart", "2 ranks", "1 process"
 CONFIGS = ["vit_tiny_patch8_64", "vit_moe_tiny_patch8_64"]
@@ -59,7 +58,7 @@ def serve(
     shared = dist.FileStore(store, place.size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=shared, rank=place.rank, world_size=place.size)
     world = distributed.World(place.rank, place.size, place.rank, torch.device("cpu"))
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     step = steps.sharded_step(run, steps.make_batch(config, world.device, seed=place.seed))
     pipe.send(step().item() * place.size)
     while count := pipe.recv():

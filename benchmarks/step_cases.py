@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import assemble
-import compose
-import models
 import moe
 from benchmarks import folders, steps
 from benchmarks.steps import Step
-from distributed import World
 from imagenet_dataset import Batch
-from schema import Config
-from torch_kernels import activate
+from moe_kernels.torch_ffn import activate
+from options import compose
+from options.schema import Config
+from parallel.distributed import World
+from training import network, prepare
 
 TIMM, TIMM_COMPILED = "timm, eager", "timm, compiled"
 OURS, OURS_COMPILED = "moevit", "moevit, compiled"
@@ -161,7 +160,7 @@ def _batch(config: Config, setting: Setting) -> Batch:
 
 
 def _flops(config: Config) -> int:
-    model = models.build_model(config, backend="torch", on_meta=True)
+    model = network.build_model(config, backend="torch", on_meta=True)
     return model.train().flops_per_image()
 
 
@@ -196,7 +195,7 @@ def fsdp2(group: Group, setting: Setting) -> Made:
 def sharded(group: Group, setting: Setting, *more: str) -> Made:
     """Make the whole of ours: Megatron-FSDP, the step of train.py."""
     config = options(group, setting, *more)
-    run, _ = assemble.prepare(config, setting.world)
+    run, _ = prepare.prepare(config, setting.world)
     return Made(steps.sharded_step(run, _batch(config, setting)), run.flops_per_image)
 
 

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 
-import distributed
 from benchmarks import common, folders, step_cases, steps
 from benchmarks.clock import host_ms, interleave, step_clock
 from benchmarks.moe_check import library_errors
 from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS
 from benchmarks.step_cases import Group, Made, Setting
+from parallel import distributed
 
 STEPS = 3
 GIB = 2**30

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-import assemble
-import layers
-import losses
-import models
-import optim
 import train
 from imagenet_dataset import Batch
-from schema import Config
+from layers import modules
+from options.schema import Config
+from training import losses, network, optim, prepare
 from vit import VisionTransformer
 
 Step = Callable[[], Tensor]
@@ -40,7 +37,7 @@ def make_batch(config: Config, device: torch.device, *, seed: int = 0) -> Batch:
     """Return a batch of noise on `device`: image_BCHW in fp32, label_B, position_B."""
     vit, size = config.model.vit, config.dataset.train.batch_size
     generator = torch.Generator(device).manual_seed(seed)
-    shape_BCHW = (size, 3, *models.height_width(vit.img_size))
+    shape_BCHW = (size, 3, *network.height_width(vit.img_size))
     image_BCHW = torch.randn(shape_BCHW, generator=generator, device=device)
     label_B = torch.randint(0, vit.num_classes, (size,), generator=generator, device=device)
     return Batch(image_BCHW, label_B, torch.arange(size))
@@ -48,7 +45,7 @@ def make_batch(config: Config, device: torch.device, *, seed: int = 0) -> Batch:
 
 def our_vit(config: Config, device: torch.device) -> VisionTransformer:
     """Return our network with backend torch, not sharded."""
-    model = models.build_model(config, backend="torch", on_meta=False, device=device)
+    model = network.build_model(config, backend="torch", on_meta=False, device=device)
     return model.to(device)
 
 
@@ -117,7 +114,7 @@ def fsdp2_step(
     return plain_step(model, config, batch)
 
 
-def sharded_step(run: assemble.Run, batch: Batch) -> Step:
+def sharded_step(run: prepare.Run, batch: Batch) -> Step:
     """Return one step of our loop; its loss is this rank's share of the mean over all ranks."""
     numbers = itertools.count()
 
@@ -150,7 +147,7 @@ def loss_fault(loss: float, reference: float, *, dtype: torch.dtype) -> str | No
 def te_reason() -> str | None:
     """Say why TransformerEngine does not import here, None if it does."""
     try:
-        layers.transformer_engine()
+        modules.transformer_engine()
     except ImportError as error:
         return str(error)
     return None

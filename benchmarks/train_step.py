@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-import assemble
-import compose
-import distributed
 from benchmarks import common, steps
 from benchmarks.clock import interleave, wall_clock
 from benchmarks.steps import Step
-from schema import Config
+from options import compose
+from options.schema import Config
+from parallel import distributed
+from training import prepare
 
 RIVAL = "plain timm"
 # Options whose effect on the two loops differs or that the plain loop does not have.
@@ -35,7 +35,7 @@ OVERRIDES = ["training.tensorboard=false", "training.label_smoothing=0.1", "data
 
 def build_steps(config: Config, world: distributed.World) -> dict[str, Step]:
     """Return the step of each row; all start from the same weights and see the same batch."""
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     device, batch = world.device, steps.make_batch(config, world.device)
     timm_a, timm_b = (steps.timm_vit(config, device) for _ in range(2))
     ours_a, ours_b = (steps.our_vit(config, device) for _ in range(2))

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from PIL import Image
 from tqdm import tqdm
 
-from decoding import PNG_MAGIC, UnreadableError, rgb
-from image_index import ImageIndex, Split
-from image_reader import ImageReader, describe
-from layouts import index_images
+from images.decoding import PNG_MAGIC, UnreadableError, rgb
+from images.image_reader import ImageReader, describe
+from images.index import ImageIndex, Split
+from images.layouts import index_images
 
 QUALITY = 90
 SHARD_IMAGES = 2_000

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import compose
-import distributed
+from options import compose
+from parallel import distributed
 
 
 def _free_port() -> int:

@@ -10,12 +10,12 @@ from PIL import Image, ImageFilter, ImageOps
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision import transforms
 
-import augment
-from augment import Normaliser, drawing_from, train_transform
-from image_reader import ImageReader
 from imagenet_dataset import train_loader
-from layouts import index_images
-from tests.images import folder_dataset
+from images import augment
+from images.augment import Normaliser, drawing_from, train_transform
+from images.image_reader import ImageReader
+from images.layouts import index_images
+from tests.support.pictures import folder_dataset
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CROP = {"scale": (0.2, 1.0), "ratio": (0.75, 1.33)}

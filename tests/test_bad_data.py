@@ -17,20 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-import assemble
-import decoding
-import feed
-import image_reader
-import tar_shards
-from augment import Normaliser, drawing_from, train_transform, val_transform
-from decoding import UnreadableError, pick_decoder, read_header, rgb, rgb_of_box
-from feed import Feed, Tolerance
-from image_order import epoch_permutation
-from image_reader import ImageReader, describe
 from imagenet_dataset import NOT_COUNTED, train_loader, val_loader
-from layouts import index_images
-from seeds import stable_seed
-from tests.images import folder_dataset, write_image
+from images import decoding, feed, image_reader
+from images import shards as tar_shards
+from images.augment import Normaliser, drawing_from, train_transform, val_transform
+from images.decoding import UnreadableError, pick_decoder, read_header, rgb, rgb_of_box
+from images.feed import Feed, Tolerance
+from images.image_order import epoch_permutation
+from images.image_reader import ImageReader, describe
+from images.layouts import index_images
+from parallel.seeds import stable_seed
+from tests.support.pictures import folder_dataset, write_image
+from training import prepare
 
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -290,7 +288,7 @@ def test_a_decoder_that_does_not_load_is_an_error_or_not_picked(monkeypatch, err
     def fail(_process):
         raise error
 
-    monkeypatch.setattr("decoding._nvimgcodec", fail)
+    monkeypatch.setattr("images.decoding._nvimgcodec", fail)
     assert pick_decoder("auto") == ("pillow", f"auto: no nvimgcodec ({error})")
     assert pick_decoder("pillow") == ("pillow", "asked for")
     with pytest.raises(ValueError, match=rf"decoder=nvimgcodec: .* {error} \(pip install nvidia"):
@@ -327,7 +325,7 @@ def test_a_decompression_bomb_takes_less_than_200_mb(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     assert (tmp_path / "bomb.png").stat().st_size < 500_000
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "bomb.png")]
-    env = {**os.environ, "PYTHONPATH": str(Path(image_reader.__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     message, peak_kb = done.stdout.splitlines()
     assert f"{side}x{side} pixels" in message
@@ -494,9 +492,9 @@ def test_a_dataset_of_bad_images_only_ends(root):
 
 
 def count_bad(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     try:
-        for _ in assemble.train_batches(run, start_step=0):
+        for _ in prepare.train_batches(run, start_step=0):
             pass
     except ValueError as error:
         return str(error)
@@ -693,10 +691,10 @@ def test_a_truncated_shard_is_noticed_while_it_is_read(tmp_path):
         ImageReader(index)(0)
 
 
-def prepare(world, config):
+def prepared(world, config):
     started = time.monotonic()
     try:
-        assemble.prepare(config, world)
+        prepare.prepare(config, world)
     except ValueError as error:
         return str(error), time.monotonic() - started
     return "prepared", time.monotonic() - started
@@ -737,6 +735,6 @@ def test_a_wrong_dataset_stops_every_rank_before_the_first_step(ranks, root, sma
     options, says = WRONG_DATASETS[damage]
     damage(str(root) if damage is len else root)
     config = small_run(f"dataset.train.root={root}", *options)
-    for message, seconds in ranks(2, prepare, config):
+    for message, seconds in ranks(2, prepared, config):
         assert re.search(says, message), message
         assert seconds < 20

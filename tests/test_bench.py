@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import block_compile
 from benchmarks import (
     checkpoint_save,
     common,
@@ -32,6 +31,7 @@ from benchmarks import (
 )
 from benchmarks.clock import interleave, wall_clock
 from benchmarks.step_cases import GROUPS, Group, Made, Setting
+from layers import compile as block_compile
 
 CPU = torch.device("cpu")
 COMMITTED = tables.read_parts(tables.RESULTS)

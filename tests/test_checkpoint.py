@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint
-import dcp_writer
+from weights import dcp_writer
 
 
 def tensors(value: float, **extra) -> dict:

@@ -13,23 +13,20 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
-import assemble
-import block_compile
-import distributed
 import evaluate
-import losses
-import models
-import sdpa
-import sharding
 import train
 import vit
-from augment import Normaliser
-from feed import Feed, Tolerance
 from imagenet_dataset import Batch
-from mixing import Mixer
-from resume import resume
+from images.augment import Normaliser
+from images.feed import Feed, Tolerance
+from images.mixing import Mixer
+from layers import compile as block_compile
+from layers import sdpa
+from parallel import distributed, sharding
 from tests.test_moe_layer import WaitCounter
 from tests.test_train import digest
+from training import losses, network, prepare
+from training.resume import resume
 from vit import Block
 
 CPU = torch.device("cpu")
@@ -57,7 +54,7 @@ NOISY += ["model.moe.jitter=0.1", "model.moe.capacity_factor=0.9", "model.moe.z_
 def use_backend(backend):
     """Compile with another backend than inductor, in this process."""
     compile_blocks = functools.partial(block_compile.compile_blocks, backend=backend)
-    models.block_compile.compile_blocks = compile_blocks
+    network.block_compile.compile_blocks = compile_blocks
 
 
 def batch_of(config, seed):
@@ -97,7 +94,7 @@ def count_graphs(world, config):
     """Calls of compiled graphs in a step, its units and microbatches, graphs after each use."""
     calls = []
     use_backend(counting_backend(calls))
-    run, choices = assemble.prepare(config, world)
+    run, choices = prepare.prepare(config, world)
     assert choices["compile"] is True
     graphs = []
     make_step(run, step=0)
@@ -151,7 +148,7 @@ def test_recomputed_blocks_run_the_same_graph_again(ranks, small_run):
 def test_what_breaks_a_graph_is_an_error(ranks, small_run):
     def broken(world):
         use_backend("eager")
-        run, _ = assemble.prepare(small_run("model.compile=true", *SURE), world)
+        run, _ = prepare.prepare(small_run("model.compile=true", *SURE), world)
         block = run.model.module.blocks[0]
         block.mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
         with pytest.raises(torch._dynamo.exc.Unsupported):
@@ -178,7 +175,7 @@ def trained(world, configs, backend):
     use_backend(backend)
     found = []
     for config in configs:
-        run, _ = assemble.prepare(config, world)
+        run, _ = prepare.prepare(config, world)
         figures = [make_step(run, step=step) for step in range(3)]
         found.append((figures, {shard.name: shard.local.detach() for shard in run.shards}))
     assert counters["stats"]["unique_graphs"] > 0, "one was compiled"
@@ -222,7 +219,7 @@ def test_a_compiled_run_resumes_bit_for_bit_and_goes_on_uncompiled(ranks, small_
     def final(world, is_compiled):
         config = small_run(*options, f"model.compile={is_compiled}")
         train.train(config, world)
-        run, _ = assemble.prepare(config, world)
+        run, _ = prepare.prepare(config, world)
         assert resume(run).step == 3
         return digest(run.tensors())
 
@@ -261,7 +258,7 @@ def test_compiled_drop_path_drops_whole_images_and_keeps_the_mean(ranks):
 
 def refused(world, config, message):
     with pytest.raises(ValueError, match=message):
-        assemble.prepare(config, world)
+        prepare.prepare(config, world)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +289,7 @@ def test_without_a_compiler_nothing_starts(ranks, small_run):
 def test_transformer_engine_is_not_compiled_and_has_its_own_attention(small_run):
     config = small_run("model.compile=true")
     with pytest.raises(ValueError, match=r"model.compile=true: needs model.backend=torch, not te"):
-        models.check_compile(config, backend="te", reason="auto: it imports", device=CPU)
+        network.check_compile(config, backend="te", reason="auto: it imports", device=CPU)
     options = {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32}
     with pytest.raises(ValueError, match=r"model.sdpa=flash: has no effect with backend te"):
         vit.VisionTransformer(**options, sdpa="flash", backend="te")
@@ -361,7 +358,7 @@ class HostAwareWaitCounter(WaitCounter):
 
 
 def reads_of_a_step(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     proxy = vars(sharding.importlib.import_module("megatron_fsdp.param_and_grad_buffer"))["torch"]
     synchronized = []
     vars(proxy.cuda)["synchronize"] = lambda *_: synchronized.append("cuda.synchronize")
@@ -449,7 +446,7 @@ def test_ranks_agree_to_stop_without_waiting_in_a_step(ranks):
     """Asked in step 1 on one rank, all answer yes after step 2, and not before."""
 
     def answers(world):
-        from stopping import StopSignals
+        from training.stopping import StopSignals
 
         stop = StopSignals()
         found = [stop.agreed_before()]
@@ -467,7 +464,7 @@ def test_ranks_whose_steps_are_long_agree_at_once(ranks):
     """One rank's step is long: from the next call on both wait, and answer in the step itself."""
 
     def answers(world):
-        from stopping import StopSignals
+        from training.stopping import StopSignals
 
         stop = StopSignals()
         stop._polled_at -= 60 * world.rank

@@ -15,18 +15,15 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import assemble
-import compose
-import distributed
-import layers
-import models
 import moe
-import schema
 import train
-import validation
 import vit
-from model_options import MoEOptions, ViTOptions
-from schema import DistillationOptions, InitOptions
+from layers import modules
+from options import checks, compose, schema
+from options.model_options import MoEOptions, ViTOptions
+from options.schema import DistillationOptions, InitOptions
+from parallel import distributed
+from training import network, prepare
 
 ROOT = compose.CONFIG_DIR.parent
 FILES = sorted(compose.CONFIG_DIR.glob("*.yaml"))
@@ -75,13 +72,13 @@ def arguments(words):
 
 
 def built(name):
-    return models.build_model(compose.compose(name, []), backend="torch", on_meta=True)
+    return network.build_model(compose.compose(name, []), backend="torch", on_meta=True)
 
 
 def refusal(overrides, name="vit_base_patch16_224"):
     """The message that stops these overrides, where only the options and the model are needed."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        models.build_model(compose.compose(name, overrides), backend="torch", on_meta=True)
+        network.build_model(compose.compose(name, overrides), backend="torch", on_meta=True)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -149,7 +146,7 @@ def test_experts_are_all_that_differs_from_the_dense_recipe(size):
 def test_token_costs_what_it_costs_in_the_dense_model_and_the_routers(name):
     config, model = compose.compose(name, []), built(name)
     model_options = dataclasses.replace(config.model, moe=MoEOptions())
-    dense = models.build_model(
+    dense = network.build_model(
         dataclasses.replace(config, model=model_options), backend="torch", on_meta=True
     )
     routers = sum(2 * count(layer.router.parameters()) for layer in expert_layers(model))
@@ -229,7 +226,7 @@ def published(name):
     assert (data.mixup_prob, data.mixup_switch_prob, data.mixup_mode) == (1.0, 0.5, "batch")
     assert (config.dataset.interpolation, data.interpolation) == ("bicubic", None)
     return {
-        "schedule": (t.steps / epoch, batch, validation.peak_lr(config, batch)),
+        "schedule": (t.steps / epoch, batch, checks.peak_lr(config, batch)),
         "optimizer": (o.name, o.clip_norm),
         "loss": (t.loss, t.bce_threshold, t.label_smoothing),
         "augmentation": (data.auto_augment, data.color_jitter, data.reprob),
@@ -558,7 +555,7 @@ def _refused_by_prepare(world, overrides):
     """The message of `assemble.prepare`, which is all that runs before the first step."""
     config = compose.compose("vit_tiny_patch8_64", [*SMALL, *overrides])
     try:
-        assemble.prepare(config, world)
+        prepare.prepare(config, world)
     except (ValueError, FileNotFoundError) as error:
         return str(error)
     return "prepared"
@@ -626,9 +623,9 @@ def test_missing_transformer_engine_ends_the_command_with_one_line(monkeypatch, 
     def no_engine():
         raise ImportError("config model.backend=te: no such library")
 
-    monkeypatch.setattr(layers, "transformer_engine", no_engine)
+    monkeypatch.setattr(modules, "transformer_engine", no_engine)
     cuda = torch.device("cuda")
-    monkeypatch.setattr(train, "parse", lambda _: layers.resolve_backend("te", cuda))
+    monkeypatch.setattr(train, "parse", lambda _: modules.resolve_backend("te", cuda))
     assert train.main([]) == train.EXIT_OPTIONS
     (line,) = capsys.readouterr().err.splitlines()
     assert "config model.backend=te" in line
@@ -679,7 +676,7 @@ def test_every_option_has_a_meaning():
 
 
 def test_every_default_is_in_range():
-    assert validation.validate(schema.Config()) == schema.Config()
+    assert checks.validate(schema.Config()) == schema.Config()
 
 
 def dotted(node, aliases):
@@ -733,7 +730,8 @@ def test_no_option_is_dead():
 
 
 def test_no_model_option_is_dead():
-    body = (ROOT / "vit.py").read_text("utf-8") + (ROOT / "vit_options.py").read_text("utf-8")
+    files = (ROOT / "vit.py", ROOT / "options" / "vit_options.py")
+    body = "".join(path.read_text("utf-8") for path in files)
     read = {node.attr for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Attribute)}
     # What VitOptions does not hold, the constructor passes on by name.
     read |= {
@@ -782,6 +780,6 @@ def test_mixture_of_experts_mistakes_are_named(overrides, message):
 )
 def test_which_blocks_have_experts(overrides, blocks):
     config = compose.compose("vit_base_patch16_224", [*MOE, *overrides])
-    model = models.build_model(config, backend="torch", on_meta=True)
+    model = network.build_model(config, backend="torch", on_meta=True)
     found = [i for i, block in enumerate(model.blocks) if hasattr(block.mlp, "experts")]
     assert found == blocks

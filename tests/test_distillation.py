@@ -10,17 +10,14 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch.nn import functional as F
 
-import assemble
-import distillation
-import distributed
-import losses
-import models
 import train
-from distillation import Teacher
+from parallel import distributed
 from tests.test_sharding import parts, worst_error
 from tests.test_vit import relative_error
+from training import distillation, losses, network, prepare
+from training.distillation import Teacher
 from vit import VisionTransformer
-from weight_sources import Choice, read_source
+from weights.sources import Choice, read_source
 
 HARD = ["distillation.kind=hard", "distillation.teacher=x", "model.vit.distilled=true"]
 SMALL = {
@@ -183,9 +180,9 @@ def options_of(resnet_file, *more):
 
 
 def trained(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     run = distillation.with_teacher(run)
-    batches = assemble.train_batches(run, start_step=0)
+    batches = prepare.train_batches(run, start_step=0)
     meter = train.Meter.start(world.device)
     for step in range(config.training.steps):
         train.train_step(run, batches, step=step, meter=meter)
@@ -205,8 +202,8 @@ def test_two_ranks_and_two_microbatches_learn_the_same_from_a_teacher(
 
 
 def first_loss(world, config):
-    run, _ = assemble.prepare(config, world)
-    batch = next(assemble.train_batches(run, start_step=0))
+    run, _ = prepare.prepare(config, world)
+    batch = next(prepare.train_batches(run, start_step=0))
     image_BCHW, target = train.to_device(run, batch)
     plain_BY = run.model(image_BCHW)
     run = distillation.with_teacher(run)
@@ -240,7 +237,7 @@ def test_training_uses_the_teacher(ranks, small_run, resnet_file, tmp_path):
     config = small_run(*options_of(resnet_file, *more))
     ranks(1, lambda world, config: train.train(config, world), config)
     found = read_source(tmp_path / "run", Choice()).weights()
-    before = models.build_model(config, backend="torch", on_meta=False).state_dict()
+    before = network.build_model(config, backend="torch", on_meta=False).state_dict()
     assert torch.equal(found["head.weight"], before["head.weight"]), "labels have no part in it"
     assert not torch.equal(found["head_dist.weight"], before["head_dist.weight"])
 
@@ -275,7 +272,7 @@ def test_mfu_counts_the_forward_pass_of_the_teacher(ranks, small_run, resnet_fil
     ranks(1, lambda world, config: train.train(config, world), config)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     line = next(line for line in lines if line["event"] == "train")
-    student = models.build_model(config, backend="torch", on_meta=True).train().flops_per_image()
+    student = network.build_model(config, backend="torch", on_meta=True).train().flops_per_image()
     teacher = flops_of_convolutions(timm.create_model("test_resnet", num_classes=3), image(1, 32))
     assert teacher > 1_000_000
     expected = 100 * (3 * student + teacher) * line["images_per_s"] / 0.5e12
@@ -297,7 +294,7 @@ def test_run_of_ours_can_teach(ranks, small_run, resnet_file, tmp_path, capfd):
             config.distillation, teacher=str(folder), teacher_checkpoint=None
         ),
     )
-    flops = models.build_model(lesson, backend="torch", on_meta=True).eval().flops_per_image()
+    flops = network.build_model(lesson, backend="torch", on_meta=True).eval().flops_per_image()
     assert ranks(1, built, ours) == [("torch.float32", flops)]
     capfd.readouterr()
     ranks(1, built_for, ours, ["n00000000", "n00000001", "n00000002"])

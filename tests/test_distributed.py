@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import distributed
 import evaluate
-import launch
 import train
+from parallel import distributed, launch
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@ To write it again: PYTHONPATH=. python tests/test_docs_config.py > docs/config.m
 
 from pathlib import Path
 
-import compose
+from options import compose
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 INTRO = """# Options

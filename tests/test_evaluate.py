@@ -14,15 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-import assemble
-import compose
 import evaluate
 import export
-import models
 import train
-from image_reader import decode_rgb
-from model_options import MoEOptions
-from schema import CheckpointOptions
+from images.image_reader import decode_rgb
+from options import compose
+from options.model_options import MoEOptions
+from options.schema import CheckpointOptions
+from training import network, prepare
 
 ROOT = Path(train.__file__).parent
 
@@ -118,9 +117,9 @@ def test_image_files_get_the_models_probabilities(ranks, trained, image_folder, 
     found = evaluated(ranks, folder, "--images", path, "--names", names, tmp_path=tmp_path)
     exported = tmp_path / "out.pt"
     export.main([str(folder), "--to", "torch", "--output", str(exported)])
-    model = models.build_model(config, backend="torch", on_meta=False).eval()
+    model = network.build_model(config, backend="torch", on_meta=False).eval()
     model.load_state_dict(torch.load(exported, weights_only=True)["model"])
-    image_CHW = assemble.val_transform(config)(decode_rgb(path))
+    image_CHW = prepare.val_transform(config)(decode_rgb(path))
     share_Y = F.softmax(model(image_CHW[None])[0], dim=0).tolist()
     expected = sorted(zip(["ant", "bee", "cat"], share_Y, strict=True), key=lambda p: -p[1])
     assert [name for name, _ in found[str(path)]] == [name for name, _ in expected]

@@ -17,8 +17,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 
 import checkpoint
 import export
-import pretrained
-import weight_files
 from tests.test_formats import (
     EVERYTHING,
     EXPERTS,
@@ -31,7 +29,9 @@ from tests.test_formats import (
     rank_files,
 )
 from tests.test_moe import moe_vit, save_weights
-from weight_sources import Choice, read_source
+from training import pretrained
+from weights import files as weight_files
+from weights.sources import Choice, read_source
 
 
 def plus(weights, number):

@@ -9,11 +9,10 @@ import time
 import pytest
 import torch
 
-import async_checkpoint
 import checkpoint
-from async_checkpoint import AsyncSaver, Committed
-from run_folder import Swept
-from tests import faults
+from tests.support import faults
+from training.run_folder import Swept
+from weights.background import AsyncSaver, Committed
 
 STATE = {"step": 1, "metrics": {}}
 
@@ -247,11 +246,11 @@ def test_the_worker_is_not_a_fork(ranks, tmp_path):
         saver = AsyncSaver(timeout_s=60)
         try:
             saver.prepare(faults.tensors(1.0))
-            return saver.worker.process.args[1]
+            return saver.worker.process.args[1:3]
         finally:
             saver.close()
 
-    assert ranks(1, command) == [async_checkpoint.__file__]
+    assert ranks(1, command) == [["-m", "weights.background"]]
 
 
 def with_a_full_disk(world, root):

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 
 import checkpoint
 import train
-from tests import faults
+from tests.support import faults
 
 FLIPS = 200
 

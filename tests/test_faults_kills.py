@@ -12,8 +12,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 import checkpoint
-import dcp_writer
-from tests import faults
+from tests.support import faults
+from weights import dcp_writer
 
 KILLS = 200
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import checkpoint
-import safe_dcp
+from weights import dcp_reader
 
 
 class Payload:
@@ -72,14 +72,14 @@ def test_a_payload_in_the_metadata_is_refused_by_name(folder, marker, place):
     path = f"{folder}/.metadata"
     message = rf"checkpoint {path}: names the global posix.mkdir, which is not allowed"
     for read in (
-        lambda: safe_dcp.SafeReader(folder).read_metadata(),
+        lambda: dcp_reader.SafeReader(folder).read_metadata(),
         lambda: checkpoint._differences(folder, {"w": torch.ones(3)}, wanted=set()),
     ):
         with pytest.raises(ValueError, match=message):
             read()
     # torch 2.11 replaces the reader's reason by its own.
     with pytest.raises(BaseException, match=r"posix.mkdir|metadata is None"):
-        plain_load(folder, {"w": torch.ones(3)}, safe_dcp.SafeReader)
+        plain_load(folder, {"w": torch.ones(3)}, dcp_reader.SafeReader)
     assert not marker.exists()
 
 
@@ -91,13 +91,13 @@ def test_stock_dcp_runs_it(folder, marker):
 
 def test_a_payload_in_a_value_is_refused_before_it_is_read(tmp_path, marker):
     plain_save(tmp_path / "dcp", {"w": torch.ones(3), "x": Payload(marker)})
-    reader = safe_dcp.SafeReader(tmp_path / "dcp")
+    reader = dcp_reader.SafeReader(tmp_path / "dcp")
     assert set(reader.read_metadata().state_dict_metadata) == {"w", "x"}
     with pytest.raises(BaseException, match=r"x is not a tensor; values that would have to be"):
-        plain_load(tmp_path / "dcp", {"w": torch.ones(3), "x": 1}, safe_dcp.SafeReader)
+        plain_load(tmp_path / "dcp", {"w": torch.ones(3), "x": 1}, dcp_reader.SafeReader)
     assert not marker.exists()
     weights = {"w": torch.zeros(3)}
-    plain_load(tmp_path / "dcp", weights, safe_dcp.SafeReader)
+    plain_load(tmp_path / "dcp", weights, dcp_reader.SafeReader)
     assert weights["w"].tolist() == [1, 1, 1]
     plain_load(tmp_path / "dcp", {"w": torch.ones(3), "x": 1})
     assert marker.exists(), "stock DCP runs it"
@@ -128,7 +128,7 @@ def test_only_the_records_of_the_format_are_allowed(tmp_path, module, name):
     content += b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match=rf"names the global {module}.{name}, which is not"):
-        safe_dcp.read_metadata(tmp_path / ".metadata")
+        dcp_reader.read_metadata(tmp_path / ".metadata")
 
 
 def test_a_class_cannot_be_changed_for_later(tmp_path):
@@ -139,7 +139,7 @@ def test_a_class_cannot_be_changed_for_later(tmp_path):
     del MetadataIndex.poison
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match="sets attributes of a type"):
-        safe_dcp.read_metadata(tmp_path / ".metadata")
+        dcp_reader.read_metadata(tmp_path / ".metadata")
     assert not hasattr(MetadataIndex, "poison")
 
 
@@ -176,14 +176,14 @@ def test_metadata_that_cannot_be_is_refused(folder, change, message):
     (folder.parent / "secret").write_bytes(b"x" * 4096)
     rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
-        safe_dcp.read_metadata(folder / ".metadata")
+        dcp_reader.read_metadata(folder / ".metadata")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"garbage", b"\x80\x04N.", pickle.dumps({})])
 def test_damaged_metadata_is_a_value_error_that_names_the_file(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match=rf"checkpoint {tmp_path}/.metadata: "):
-        safe_dcp.read_metadata(tmp_path / ".metadata")
+        dcp_reader.read_metadata(tmp_path / ".metadata")
 
 
 def test_every_cut_and_many_flips_end_as_value_errors(folder):
@@ -192,13 +192,13 @@ def test_every_cut_and_many_flips_end_as_value_errors(folder):
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="checkpoint"):
-            safe_dcp.read_metadata(path)
+            dcp_reader.read_metadata(path)
     for bit in range(0, 8 * len(whole), 5):
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         try:
-            safe_dcp.read_metadata(path)
+            dcp_reader.read_metadata(path)
         except ValueError as error:
             assert str(path) in str(error)
 
@@ -227,5 +227,5 @@ def test_a_checkpoint_of_every_kind_of_tensor_is_read(ranks, tmp_path):
 
 def test_a_folder_that_stock_dcp_wrote_is_read(folder):
     weights = {"w": torch.zeros(3)}
-    plain_load(folder, weights, safe_dcp.SafeReader)
+    plain_load(folder, weights, dcp_reader.SafeReader)
     assert weights["w"].tolist() == [1, 1, 1]

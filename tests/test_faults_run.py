@@ -18,14 +18,12 @@ import torch
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-import async_checkpoint
 import checkpoint
-import dcp_writer
-import scoring
-import stopping
 import train
-from image_reader import ImageReader
-from weight_sources import Choice, read_source
+from images.image_reader import ImageReader
+from training import scoring, stopping
+from weights import background, dcp_writer
+from weights.sources import Choice, read_source
 
 EVERY_STEP = ["training.val_interval=100", "training.checkpoint.interval=1"]
 MODES = pytest.mark.parametrize("is_async", ["false", "true"], ids=["at once", "in background"])
@@ -317,13 +315,13 @@ def in_a_save(world):
 
 
 def in_a_background_save(world):
-    real = async_checkpoint.AsyncSaver.begin
+    real = background.AsyncSaver.begin
 
     def begin_and_signal(*arguments, **options):
         real(*arguments, **options)
         raise_signal()
 
-    async_checkpoint.AsyncSaver.begin = begin_and_signal
+    background.AsyncSaver.begin = begin_and_signal
 
 
 # Two ranks agree on what was asked in a step after the next one, without a wait.

@@ -11,11 +11,9 @@ import torch
 from PIL import Image
 from timm.models import VisionTransformer
 
-import assemble
-import compose
-import models
-import optim
 from benchmarks import fidelity
+from options import compose
+from training import network, optim, prepare
 
 CONFIG = "vit_tiny_patch8_64"
 RESULTS = sorted(Path(fidelity.__file__).parent.glob("results/*-cpu-fidelity.json"))
@@ -74,7 +72,7 @@ def test_both_loops_decay_the_same_parameters_and_step_alike():
 
 def test_the_plain_network_is_ours_in_every_name_and_shape():
     model, _ = plain_optimizer(composed())
-    ours = models.build_model(composed(), backend="torch", on_meta=True)
+    ours = network.build_model(composed(), backend="torch", on_meta=True)
     shapes = {name: value.shape for name, value in ours.state_dict().items()}
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
 
@@ -105,7 +103,7 @@ def test_both_loops_validate_on_the_same_pixels_and_labels(bundled):
     _, val_loader = fidelity.plain_loaders(config, bundled)
     ((image_BCHW, label_B),) = list(val_loader)
     assert label_B.tolist() == [1, 0]
-    transform = assemble.val_transform(config)
+    transform = prepare.val_transform(config)
     for number, image_CHW in enumerate(image_BCHW):
         expected_CHW = transform(Image.open(bundled / f"val/images/val_{number}.JPEG"))
         torch.testing.assert_close(image_CHW, expected_CHW, rtol=0, atol=1e-5)

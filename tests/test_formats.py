@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import compose
-import formats
-import models
-import weight_files
-from formats import MtlFile
+from options import compose
+from training import network
+from weights import files as weight_files
+from weights import formats
+from weights.formats import MtlFile
 
 DIM, DEPTH, HEADS, EXPERTS, HIDDEN, TOP_K = 36, 4, 3, 8, 72, 2
 SMALL = [
@@ -30,7 +30,7 @@ SMALL = [
 def model_of(*overrides, recipe="vit_moe_tiny_patch8_64"):
     """A small model with no value like another, in eval mode, and its options."""
     config = compose.compose(recipe, [*SMALL, *overrides])
-    model = models.build_model(config, backend="torch", on_meta=False).eval()
+    model = network.build_model(config, backend="torch", on_meta=False).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 
-import assemble
-import distributed
-import layers
 import train
-from augment import Normaliser
-from mixing import Eraser
-from resume import resume
+from images.augment import Normaliser
+from images.mixing import Eraser
+from layers import modules
+from parallel import distributed
 from tests.test_sharding import small_vit, train_plainly, train_sharded, worst_error
 from tests.test_train import digest
+from training import prepare
+from training.resume import resume
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,11 +113,11 @@ def test_transformer_engine_steps_learn(small_run, tmp_path, cuda_world, fp8):
 
 def test_auto_takes_transformer_engine_where_it_imports():
     pytest.importorskip("transformer_engine.pytorch")
-    assert layers.resolve_backend("auto", torch.device("cuda"))[0] == "te"
+    assert modules.resolve_backend("auto", torch.device("cuda"))[0] == "te"
 
 
 def final_digest(config, world):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     assert resume(run).step == config.training.steps
     return digest(run.tensors())
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-import archives
-from archives import unpack_archive
-from image_index import check_same_classes
-from layouts import index_images
-from tests.images import folder_dataset, tiny_dataset, write_image
+from images import archives
+from images.archives import unpack_archive
+from images.index import check_same_classes
+from images.layouts import index_images
+from tests.support.pictures import folder_dataset, tiny_dataset, write_image
 
 
 @pytest.fixture

@@ -14,12 +14,6 @@ from timm.data import create_transform
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from augment import SPARE, Normaliser, ReusedMemory, train_transform, val_transform
-from cropping import RandomResizedCrop, resize
-from decoding import read_header, rgb
-from feed import Feed, Tolerance
-from image_order import Order, epoch_permutation, step_positions
-from image_reader import ImageReader, decode_rgb
 from imagenet_dataset import (
     NOT_COUNTED,
     BatchMemory,
@@ -28,9 +22,15 @@ from imagenet_dataset import (
     train_loader,
     val_loader,
 )
-from layouts import index_images
-from mixing import Eraser
-from tests.images import folder_dataset, write_image
+from images.augment import SPARE, Normaliser, ReusedMemory, train_transform, val_transform
+from images.cropping import RandomResizedCrop, resize
+from images.decoding import read_header, rgb
+from images.feed import Feed, Tolerance
+from images.image_order import Order, epoch_permutation, step_positions
+from images.image_reader import ImageReader, decode_rgb
+from images.layouts import index_images
+from images.mixing import Eraser
+from tests.support.pictures import folder_dataset, write_image
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 OPTIONS = {

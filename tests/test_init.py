@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
 
-import init
 import vit
+from layers import init
 
 SMALL = {
     "img_size": 32,

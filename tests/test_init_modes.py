@@ -11,21 +11,18 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer as TimmVit
 
-import assemble
-import compose
-import models
 import moe
-import pretrained
 import train
-import upcycling
-import warm_start
-from layers import Mlp
-from provenance import in_short
-from routers import NORMALIZES, Router
+from layers.modules import Mlp
+from options import compose
+from routers.router import NORMALIZES, Router
 from tests.test_sharding import parts, worst_error
-from upcycling import ExpertFacts, Plan
+from training import network, prepare, pretrained
 from vit import VisionTransformer
-from warm_start import Target
+from weights import upcycling, warm_start
+from weights.provenance import in_short
+from weights.upcycling import ExpertFacts, Plan
+from weights.warm_start import Target
 
 DIM, HIDDEN, CLASSES = 24, 96, 7
 SIZES = {"patch_size": 4, "embed_dim": DIM, "depth": 2, "num_heads": 3}
@@ -543,7 +540,7 @@ def dense_file(tmp_path):
 
 
 def begin_and_train(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     pretrained.begin(run)
     begun = parts(run.shards)
     begun_average = list(zip(run.shards, run.ema.average, strict=True))
@@ -552,7 +549,7 @@ def begin_and_train(world, config):
     with torch.no_grad():
         logits_BY = run.model(IMAGES).clone()
     run.model.train()
-    batches = assemble.train_batches(run, start_step=0)
+    batches = prepare.train_batches(run, start_step=0)
     meter = train.Meter.start(world.device)
     for step in range(2):
         train.train_step(run, batches, step=step, meter=meter)
@@ -573,7 +570,7 @@ def test_a_run_from_a_file_on_two_ranks_of_experts_is_the_one_on_one_rank(
     assert worst_error([result[0] for result in both], expected[0]) == 0, "weights"
     assert worst_error([result[1] for result in both], expected[0]) == 0, "their average"
     assert worst_error([result[2] for result in both], expected[2]) <= 1e-5, "two steps later"
-    whole = models.build_model(alone, backend="torch", on_meta=False).eval()
+    whole = network.build_model(alone, backend="torch", on_meta=False).eval()
     whole.load_state_dict(expected[0])
     with torch.no_grad():
         expected_BY = whole(IMAGES)
@@ -658,7 +655,7 @@ def test_a_run_says_that_the_head_it_begins_with_has_classes_of_other_ids(
 
 
 def begin_and_tell(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     return pretrained.begin(run).initial.left_out
 
 
@@ -672,7 +669,7 @@ def test_a_run_tells_what_it_left_out_of_a_distilled_checkpoint(ranks, small_run
 
 
 def begin_and_fail(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     try:
         pretrained.begin(run)
     except (FileNotFoundError, ValueError) as error:

@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
-import torch_kernels
+from moe_kernels import ops, torch_ffn
 
 if importlib.util.find_spec("triton"):
-    import triton_kernels
+    from moe_kernels import triton_ffn
 
-    HAS_INTERPRETER = triton_kernels.is_interpreted()
+    HAS_INTERPRETER = triton_ffn.is_interpreted()
 else:
-    triton_kernels, HAS_INTERPRETER = None, False
+    triton_ffn, HAS_INTERPRETER = None, False
 
 BACKENDS = [("triton", "cpu")] if HAS_INTERPRETER else [("torch", "cpu")]
 if torch.cuda.is_available() and not HAS_INTERPRETER:
@@ -38,7 +37,7 @@ ROUTINGS = ("balanced", "skewed", "one takes all", "empty expert", "dropped rows
 EXPERTS_AND_CHOICES = [(1, 1), (1, 8), (2, 1), (2, 2), (7, 2), (7, 8), (64, 2)]
 # Multiples of the tiles, less than one, and a little more than one.
 CHOICES_AND_WIDTHS = [(1, 64, 128), (2, 40, 72), (2, 130, 66)]
-needs_triton = pytest.mark.skipif(triton_kernels is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(triton_ffn is None, reason="triton is not installed")
 
 
 @pytest.fixture(params=BACKENDS, ids="-".join)
@@ -90,7 +89,7 @@ def copies(values, dtype, device="cpu"):
 def reference(values, id_Tk, num_experts, activation):
     """Every expert on every token, summed with the weight of the token's choices of it."""
     x_TD, weight_Tk, w_in, b_in, w_out, b_out = values
-    name, is_gated = kernels.ACTIVATIONS[activation]
+    name, is_gated = ops.ACTIVATIONS[activation]
     function = getattr(functional, name)
     y_TD = torch.zeros_like(x_TD)
     for e in range(num_experts):
@@ -105,8 +104,8 @@ def reference(values, id_Tk, num_experts, activation):
 
 
 def run(values, id_Tk, num_experts, activation, backend):
-    plan = kernels.plan_rows(id_Tk, num_experts)
-    return kernels.moe_ffn(*values[:2], plan, *values[2:], activation=activation, backend=backend)
+    plan = ops.plan_rows(id_Tk, num_experts)
+    return ops.moe_ffn(*values[:2], plan, *values[2:], activation=activation, backend=backend)
 
 
 def differentiate(y, values):
@@ -133,11 +132,11 @@ def worst_error(values, id_Tk, num_experts, activation, backend_device, dtype=to
 
 
 @pytest.mark.parametrize(("num_choices", "width", "hidden"), CHOICES_AND_WIDTHS)
-@pytest.mark.parametrize("activation", list(kernels.ACTIVATIONS))
+@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
 def test_output_and_every_gradient(backend_device, activation, num_choices, width, hidden):
     values = draw(
         70, width, hidden, num_experts=3, num_choices=num_choices,
-        gated=kernels.ACTIVATIONS[activation][1],
+        gated=ops.ACTIVATIONS[activation][1],
     )  # fmt: skip
     id_Tk = experts_of("skewed", 70, 3, num_choices)
     assert worst_error(values, id_Tk, 3, activation, backend_device) <= 1e-5
@@ -153,7 +152,7 @@ def test_any_routing(backend_device, routing, num_experts, num_choices):
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_without_biases(backend_device, activation):
-    gated = kernels.ACTIVATIONS[activation][1]
+    gated = ops.ACTIVATIONS[activation][1]
     values = draw(50, 40, 72, num_experts=4, num_choices=2, gated=gated, biases=False)
     id_Tk = experts_of("dropped rows", 50, 4, 2)
     assert worst_error(values, id_Tk, 4, activation, backend_device) <= 1e-5
@@ -169,13 +168,13 @@ def test_half_precision(backend_device):
 @given(
     sizes=st.tuples(*(st.integers(1, n) for n in (80, 70, 70, 5, 3))),
     routing=st.sampled_from(ROUTINGS),
-    activation=st.sampled_from(list(kernels.ACTIVATIONS)),
+    activation=st.sampled_from(list(ops.ACTIVATIONS)),
     biases=st.booleans(),
 )
 @pytest.mark.parametrize("pair", BACKENDS, ids="-".join)
 def test_any_shape(pair, sizes, routing, activation, biases):
     num_tokens, width, hidden, num_experts, num_choices = sizes
-    gated = kernels.ACTIVATIONS[activation][1]
+    gated = ops.ACTIVATIONS[activation][1]
     counts = {"num_experts": num_experts, "num_choices": num_choices}
     values = draw(num_tokens, width, hidden, **counts, gated=gated, biases=biases)
     id_Tk = experts_of(routing, num_tokens, num_experts, num_choices)
@@ -216,7 +215,7 @@ def test_frozen_inputs_change_no_other_gradient(backend_device, trained):
 
 
 def test_plan_is_a_stable_sort():
-    plan = kernels.plan_rows(torch.tensor([[2, 0], [3, 2], [-1, 0], [0, 2]]), 3)
+    plan = ops.plan_rows(torch.tensor([[2, 0], [3, 2], [-1, 0], [0, 2]]), 3)
     assert plan.order_R.tolist() == [1, 5, 6, 0, 3, 7, 2, 4]
     assert plan.inverse_R.tolist() == [3, 0, -1, 4, -1, 1, 2, 5]
     assert plan.offset_E1.tolist() == [0, 3, 3, 6]
@@ -226,7 +225,7 @@ def test_plan_is_a_stable_sort():
 
 def test_plan_with_more_experts_than_a_byte_counts():
     id_Tk = torch.randint(0, 300, (500, 2), generator=torch.Generator().manual_seed(0))
-    plan = kernels.plan_rows(id_Tk, 300)
+    plan = ops.plan_rows(id_Tk, 300)
     assert plan.order_R.tolist() == id_Tk.view(-1).argsort(stable=True).tolist()
     assert plan.rows_per_expert_E.tolist() == id_Tk.view(-1).bincount(minlength=300).tolist()
 
@@ -248,7 +247,7 @@ def test_combine_and_its_gradients(backend_device):
         copies((y_RD, weight_Tk), torch.float32, device),
         copies((y_RD, weight_Tk), torch.float64),
     )
-    out = kernels.combine(*ours, inverse_R, backend=backend)
+    out = ops.combine(*ours, inverse_R, backend=backend)
     rows = exact[0][inverse_R.cpu().clamp(min=0).long()] * (inverse_R.cpu() >= 0)[:, None]
     out_exact = (rows.view(39, 2, -1) * exact[1][..., None]).sum(1)
     pairs = zip(
@@ -262,7 +261,7 @@ def test_a_dropped_choice_adds_nothing_whatever_the_rows_hold(backend_device):
     y_RD = torch.tensor([[float("nan")], [2.0]], device=device)
     inverse_R = torch.tensor([1, -1, -1, -1, 0, 1], dtype=torch.int32, device=device)
     weight_Tk = torch.full((3, 2), 0.5, device=device)
-    y_TD = kernels.combine(y_RD, weight_Tk, inverse_R, backend=backend).cpu()
+    y_TD = ops.combine(y_RD, weight_Tk, inverse_R, backend=backend).cpu()
     assert y_TD[:2, 0].tolist() == [1.0, 0.0]
     assert y_TD[2, 0].isnan()
 
@@ -271,9 +270,9 @@ def test_gather_rows_and_its_gradient(backend_device):
     backend, device = backend_device
     x_TD = torch.randn(30, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     id_Tk = experts_of("dropped rows", 30, 4, 2)
-    plan = kernels.plan_rows(id_Tk.to(device), 4)
+    plan = ops.plan_rows(id_Tk.to(device), 4)
     x = x_TD.to(device, torch.float32).requires_grad_()
-    rows = kernels.gather_rows(x, plan, num_choices=2, backend=backend)
+    rows = ops.gather_rows(x, plan, num_choices=2, backend=backend)
     assert torch.equal(rows.cpu(), x_TD.float()[plan.order_R.cpu().long() // 2])
     num_rows = int(plan.offset_E1[-1])
     grad = torch.autograd.grad(rows[:num_rows].sum(), x)[0]
@@ -285,19 +284,19 @@ def test_ffn_of_one_choice_is_gather_ffn_combine(backend_device):
     backend, device = backend_device
     values = copies(draw(40, 40, 24, num_experts=3, num_choices=2), torch.float32, device)
     id_Tk = experts_of("skewed", 40, 3, 2).to(device)
-    plan = kernels.plan_rows(id_Tk, 3)
-    rows = kernels.gather_rows(values[0], plan, num_choices=2, backend=backend)
+    plan = ops.plan_rows(id_Tk, 3)
+    rows = ops.gather_rows(values[0], plan, num_choices=2, backend=backend)
     received_id_R1 = id_Tk.view(-1)[plan.order_R.long()][:, None]
     ones = torch.ones(80, 1, device=device)
     y_RD = run([rows, ones, *values[2:]], received_id_R1, 3, "gelu", backend)
-    y_TD = kernels.combine(y_RD, values[1], plan.inverse_R, backend=backend)
+    y_TD = ops.combine(y_RD, values[1], plan.inverse_R, backend=backend)
     expected = run(values, id_Tk, 3, "gelu", backend)
     assert norm(y_TD - expected) <= 1e-6 * norm(expected)
 
 
 def kept_bytes(values, id_Tk, num_experts, backend):
     """Bytes kept for backward that are not the parameters', each storage once."""
-    plan, kept = kernels.plan_rows(id_Tk, num_experts), {}
+    plan, kept = ops.plan_rows(id_Tk, num_experts), {}
     parameters = {v.data_ptr() for v in values[2:]}
 
     def pack(tensor):
@@ -306,7 +305,7 @@ def kept_bytes(values, id_Tk, num_experts, backend):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = kernels.moe_ffn(*values[:2], plan, *values[2:], activation="gelu", backend=backend)
+        y = ops.moe_ffn(*values[:2], plan, *values[2:], activation="gelu", backend=backend)
     assert y.grad_fn is not None
     return sum(kept.values())
 
@@ -323,15 +322,15 @@ def test_backward_keeps_x_and_the_preactivation_only(backend_device):
 @pytest.mark.parametrize(("needs_weights", "products"), [(True, 4), (False, 2)])
 def test_frozen_experts_cost_no_weight_gradient(needs_weights, products):
     values = draw(32, 16, 24, num_experts=2, num_choices=2)
-    plan = kernels.plan_rows(experts_of("balanced", 32, 2, 2), 2)
+    plan = ops.plan_rows(experts_of("balanced", 32, 2, 2), 2)
     rows = {"order_R": plan.order_R, "inverse_R": plan.inverse_R, "offset_E1": plan.offset_E1}
     parameters = dict(zip(NAMES[2:], values[2:], strict=True))
     parameters["b_out"] = None  # its share of the gate's gradient would be counted too
     options = {"function": "gelu", "is_gated": False, "allow_tf32": False, **rows, **parameters}
-    y, z_RF = torch_kernels.forward(*values[:2], **options)
+    y, z_RF = torch_ffn.forward(*values[:2], **options)
     needs = [True, True, needs_weights, needs_weights, needs_weights, False]
     with FlopCounterMode(display=False) as counter:
-        torch_kernels.backward(y, *values[:2], z_RF=z_RF, needs=needs, **options)
+        torch_ffn.backward(y, *values[:2], z_RF=z_RF, needs=needs, **options)
     assert counter.get_total_flops() == products * 2 * 64 * 16 * 24
 
 
@@ -355,34 +354,34 @@ def test_compiled_as_one_graph(backend_device):
 def test_ops_keep_the_rules_of_custom_ops(backend_device):
     backend, device = backend_device
     values = copies(draw(12, 8, 16, num_experts=3, num_choices=2), torch.float32, device)
-    plan = kernels.plan_rows(experts_of("balanced", 12, 3, 2).to(device), 3)
+    plan = ops.plan_rows(experts_of("balanced", 12, 3, 2).to(device), 3)
     rows = (plan.order_R, plan.inverse_R, plan.offset_E1)
     y_RD = torch.randn(24, 8, device=device, requires_grad=True)
-    ops, opcheck = torch.ops.moevit, torch.library.opcheck
-    opcheck(ops.moe_ffn, (*values[:2], *rows, *values[2:], "gelu", backend, False))
-    opcheck(ops.combine, (y_RD, values[1], plan.inverse_R, 2, backend))
-    opcheck(ops.gather_rows, (values[0], plan.order_R, plan.inverse_R, 2, backend))
+    registered, opcheck = torch.ops.moevit, torch.library.opcheck
+    opcheck(registered.moe_ffn, (*values[:2], *rows, *values[2:], "gelu", backend, False))
+    opcheck(registered.combine, (y_RD, values[1], plan.inverse_R, 2, backend))
+    opcheck(registered.gather_rows, (values[0], plan.order_R, plan.inverse_R, 2, backend))
 
 
 @needs_triton
 def test_triton_path_reads_nothing_on_the_host(monkeypatch):
     launched = []
-    monkeypatch.setattr(triton_kernels, "launch", lambda *call: launched.append(call[0]))
+    monkeypatch.setattr(triton_ffn, "launch", lambda *call: launched.append(call[0]))
     values = [v.float().to("meta") for v in draw(64, 32, 48, num_experts=4, num_choices=2)]
-    plan = kernels.plan_rows(torch.zeros(64, 2, dtype=torch.int64, device="meta"), 4)
+    plan = ops.plan_rows(torch.zeros(64, 2, dtype=torch.int64, device="meta"), 4)
     rows = {"order_R": plan.order_R, "inverse_R": plan.inverse_R, "offset_E1": plan.offset_E1}
     parameters = dict(zip(NAMES[2:], values[2:], strict=True))
     options = {"function": "gelu", "is_gated": False, "allow_tf32": False, **rows, **parameters}
     # A meta tensor has no values: reading one is an error.
-    y, z_RF = triton_kernels.forward(*values[:2], **options)
-    grads = triton_kernels.backward(y, *values[:2], z_RF=z_RF, needs=[True] * 6, **options)
+    y, z_RF = triton_ffn.forward(*values[:2], **options)
+    grads = triton_ffn.backward(y, *values[:2], z_RF=z_RF, needs=[True] * 6, **options)
     assert [g.shape for g in grads] == [v.shape for v in values]
     assert len(launched) == 4 + 9
 
 
 def test_auto_takes_torch_on_cpu_and_says_why():
-    assert kernels.resolve_kernels("torch", torch.device("cpu")) == ("torch", "as configured")
-    name, reason = kernels.resolve_kernels("auto", torch.device("cpu"))
+    assert ops.resolve_kernels("torch", torch.device("cpu")) == ("torch", "as configured")
+    name, reason = ops.resolve_kernels("auto", torch.device("cpu"))
     assert name == "torch"
     assert "CUDA" in reason
 
@@ -391,20 +390,20 @@ def test_auto_takes_torch_on_cpu_and_says_why():
 @pytest.mark.skipif(HAS_INTERPRETER, reason="the interpreter runs on CPU")
 def test_triton_on_cpu_is_refused():
     with pytest.raises(ValueError, match=r"config model.moe.kernels=triton: needs CUDA"):
-        kernels.resolve_kernels("triton", torch.device("cpu"))
+        ops.resolve_kernels("triton", torch.device("cpu"))
 
 
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"kernels=cuda: must be auto, torch or triton"):
-        kernels.resolve_kernels("cuda", torch.device("cpu"))
+        ops.resolve_kernels("cuda", torch.device("cpu"))
 
 
 def test_auto_takes_torch_on_cuda_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton_kernels", None)
-    name, reason = kernels.resolve_kernels("auto", torch.device("cuda"))
-    assert (name, "triton_kernels" in reason) == ("torch", True)
+    monkeypatch.setitem(sys.modules, "moe_kernels.triton_ffn", None)
+    name, reason = ops.resolve_kernels("auto", torch.device("cuda"))
+    assert (name, "triton_ffn" in reason) == ("torch", True)
     with pytest.raises(ImportError):
-        kernels.resolve_kernels("triton", torch.device("cuda"))
+        ops.resolve_kernels("triton", torch.device("cuda"))
 
 
 @needs_triton

@@ -11,12 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton_kernels
-import triton_tune
-from benchmarks import moe_kernels, moe_rivals
-from triton_compile import PRODUCTS, SHARED_MEMORY_BYTES, faults
-from triton_seam import is_interpreted
-from triton_tiles import SQUARE, TABLE, LayerSize, Tile, Tiles, read_table
+from benchmarks import moe_kernels, moe_rivals, tune_tiles
+from benchmarks.triton_compile import PRODUCTS, SHARED_MEMORY_BYTES, faults
+from moe_kernels import triton_ffn
+from moe_kernels.tiles import SQUARE, TABLE, LayerSize, Tile, Tiles, read_table
+from moe_kernels.triton_seam import is_interpreted
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,10 +43,10 @@ def launches(monkeypatch, size, tiles=None):
     calls = []
     with monkeypatch.context() as patched:
         patched.setattr(
-            triton_kernels, "launch", lambda kernel, _grid, *rest: calls.append((kernel, *rest))
+            triton_ffn, "launch", lambda kernel, _grid, *rest: calls.append((kernel, *rest))
         )
         if tiles is not None:
-            patched.setattr(triton_kernels, "tiles_for", lambda _: tiles)
+            patched.setattr(triton_ffn, "tiles_for", lambda _: tiles)
         step(size)
     return calls
 
@@ -70,9 +69,9 @@ def step(size):
         "is_gated": size.is_gated,
         "allow_tf32": False,
     }
-    y, z = triton_kernels.forward(x, weight, **options)
-    triton_kernels.backward(y, x, weight, z_RF=z, needs=[True] * 6, **options)
-    triton_kernels.combine_backward(x, y_RD, weight, inverse)
+    y, z = triton_ffn.forward(x, weight, **options)
+    triton_ffn.backward(y, x, weight, z_RF=z, needs=[True] * 6, **options)
+    triton_ffn.combine_backward(x, y_RD, weight, inverse)
 
 
 def kind(call):
@@ -137,6 +136,6 @@ def test_a_tile_too_large_is_found(monkeypatch):
 def test_the_tuner_refuses_what_does_not_fit_every_gpu():
     case = moe_rivals.Case(1024, 4096, 2, NUM_CHOICES, 64)
     problem = moe_rivals.draw(case, device=torch.device("cpu"), dtype=torch.bfloat16)
-    fits = triton_tune.fits_with(moe_kernels.sample_of(problem))
+    fits = tune_tiles.fits_with(moe_kernels.sample_of(problem))
     assert fits("hidden_grad", SQUARE)  # the same programs as above: Triton has them in its cache
     assert not fits("hidden_grad", Tile(128, 256, 64, 8, 4)), "more than an A100 has"

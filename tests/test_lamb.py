@@ -5,11 +5,10 @@ import torch
 from timm.optim import Lamb as LambOfTimm
 from torch import nn
 
-import distributed
-import optim
-import sharding
+from parallel import distributed, sharding
 from tests import test_moe
 from tests.test_sharding import BATCH, MAX_NORM, STEPS, batch, parts, shard, small_vit, worst_error
+from training import optim
 
 LR, DECAY = 1e-2, 0.1
 

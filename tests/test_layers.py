@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import layers
+from layers import modules
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -18,7 +18,7 @@ def te_is_missing(monkeypatch):
 
 @pytest.fixture
 def te_is_there(monkeypatch):
-    monkeypatch.setattr(layers, "transformer_engine", object)
+    monkeypatch.setattr(modules, "transformer_engine", object)
 
 
 @pytest.mark.parametrize(
@@ -32,36 +32,36 @@ def te_is_there(monkeypatch):
     ],
 )
 def test_backend_resolves_by_device(te_is_there, backend, device, resolved):
-    assert layers.resolve_backend(backend, device)[0] == resolved
+    assert modules.resolve_backend(backend, device)[0] == resolved
 
 
 def test_auto_backend_says_why_te_was_not_taken(te_is_missing):
-    assert layers.resolve_backend("auto", CPU) == (
+    assert modules.resolve_backend("auto", CPU) == (
         "torch",
         "auto: TransformerEngine needs CUDA, device is cpu",
     )
-    backend, reason = layers.resolve_backend("auto", CUDA)
+    backend, reason = modules.resolve_backend("auto", CUDA)
     assert backend == "torch"
     assert "transformer_engine.pytorch does not import" in reason
 
 
 def test_backend_te_by_name_never_falls_back(te_is_missing):
     with pytest.raises(ImportError, match=r"backend=te: transformer_engine\.pytorch does not"):
-        layers.resolve_backend("te", CUDA)
+        modules.resolve_backend("te", CUDA)
     with pytest.raises(ValueError, match="backend=te: TransformerEngine needs CUDA, device is cpu"):
-        layers.resolve_backend("te", CPU)
+        modules.resolve_backend("te", CPU)
     with pytest.raises(ValueError, match="backend=cuda: must be auto, torch or te"):
-        layers.resolve_backend("cuda", CUDA)
+        modules.resolve_backend("cuda", CUDA)
 
 
 def test_fp8_context_without_a_recipe_changes_nothing():
-    with layers.fp8_context(None):
+    with modules.fp8_context(None):
         assert torch.ones(1).dtype == torch.float32
 
 
 def test_fp8_context_refuses_an_unknown_recipe():
     with pytest.raises(ValueError, match="te_fp8=mxfp8: must be null, delayed or current"):
-        layers.fp8_context("mxfp8")
+        modules.fp8_context("mxfp8")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_fp8_context_refuses_an_unknown_recipe():
 )
 def test_fp8_refuses_sizes_that_are_no_multiple_of_16(changed, message):
     sizes = {"embed_dim": 64, "hidden_dim": 256, "batch_size": 16, "num_tokens": 197}
-    layers.check_fp8_shapes(**sizes)
+    modules.check_fp8_shapes(**sizes)
     with pytest.raises(ValueError, match=message):
-        layers.check_fp8_shapes(**sizes | changed)
+        modules.check_fp8_shapes(**sizes | changed)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_fp8_refuses_sizes_that_are_no_multiple_of_16(changed, message):
     ],
 )
 def test_canonical_name(te_name, name):
-    assert layers.canonical_name(te_name) == name
-    assert layers.canonical_name(name) == name
+    assert modules.canonical_name(te_name) == name
+    assert modules.canonical_name(name) == name
 
 
 def filled(module):
@@ -105,7 +105,7 @@ def filled(module):
 
 
 def test_attention_equals_a_loop_over_heads_in_fp64():
-    attention = filled(layers.Attention(12, 3, qk_norm=True, scale_norm=True))
+    attention = filled(modules.Attention(12, 3, qk_norm=True, scale_norm=True))
     x_BLD = torch.randn(2, 5, 12, dtype=torch.float64)
     q, k, v = attention.qkv(x_BLD).split(12, dim=-1)
     heads = []
@@ -119,7 +119,7 @@ def test_attention_equals_a_loop_over_heads_in_fp64():
 
 
 def test_mlp_gelu_is_the_exact_one():
-    mlp = filled(layers.Mlp(4, 8))
+    mlp = filled(modules.Mlp(4, 8))
     x_BLD = torch.randn(2, 5, 4, dtype=torch.float64)
     h = functional.linear(x_BLD, mlp.fc1.weight, mlp.fc1.bias)
     h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
@@ -128,7 +128,7 @@ def test_mlp_gelu_is_the_exact_one():
 
 
 def test_patch_projection_equals_a_convolution_with_gradients():
-    ours = filled(layers.PatchProjection(3, 8, kernel_size=(4, 6), stride=(4, 6)))
+    ours = filled(modules.PatchProjection(3, 8, kernel_size=(4, 6), stride=(4, 6)))
     theirs = nn.Conv2d(3, 8, kernel_size=(4, 6), stride=(4, 6)).double()
     theirs.load_state_dict(ours.state_dict())
     image_BCHW = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
@@ -145,7 +145,7 @@ def test_patch_projection_equals_a_convolution_with_gradients():
 
 def test_linear_is_built_on_the_default_device_without_drawing():
     before = torch.get_rng_state()
-    assert layers.linear(3, 4, bias=True).weight.device == CPU
+    assert modules.linear(3, 4, bias=True).weight.device == CPU
     with torch.device("meta"):
-        assert layers.linear(3, 4, bias=True).weight.is_meta
+        assert modules.linear(3, 4, bias=True).weight.is_meta
     assert torch.equal(torch.get_rng_state(), before)

@@ -15,21 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import assemble
-import compose
-import index_cache
-import layouts
-import path_env
-import shared_index
-from augment import val_transform
-from image_index import Names, check_count, digest, select
-from image_reader import ImageReader
 from imagenet_dataset import val_loader
-from layouts import index_images
-from tests.images import folder_dataset
+from images import cache as index_cache
+from images import layouts, path_env, shared_index
+from images.augment import val_transform
+from images.image_reader import ImageReader
+from images.index import Names, check_count, digest, select
+from images.layouts import index_images
+from options import compose
+from tests.support.pictures import folder_dataset
+from training import prepare
 
 # ILSVRC's validation images are numbered; its labels are in a file of their own.
-ROOT = Path(layouts.__file__).parent
+ROOT = Path(layouts.__file__).parents[1]
 WNIDS = ("n00000001", "n00000002", "n00000003")
 VAL_NAME = "ILSVRC2012_val_{:08d}"
 
@@ -470,12 +468,12 @@ def test_a_run_looks_up_its_dataset_by_name(ranks, root, tmp_path, monkeypatch, 
     )
     by_name = [f"dataset.path_env={file}", "dataset.name=mine"]
     config = compose.compose(recipe, [*by_name, "model.vit.num_classes=3", "dataset.subset=0.5"])
-    assert assemble.data_root(config) == root
+    assert prepare.data_root(config) == root
     with pytest.raises(ValueError, match=r"train\.root=.*: has no effect with dataset\.path_env="):
         compose.compose(recipe, [*by_name, "dataset.train.root=data/tiny-imagenet-5"])
     with pytest.raises(ValueError, match=r"train\.root=.*: has no effect with dataset\.path_env="):
         compose.restore(dataclasses.asdict(config), ["dataset.train.root=data/tiny-imagenet-5"])
-    train, val = ranks(1, lambda world: assemble.find_images(config, world))[0]
+    train, val = ranks(1, lambda world: prepare.find_images(config, world))[0]
     assert (len(train), len(val)) == (6, 7)
 
 

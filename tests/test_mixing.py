@@ -10,10 +10,10 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch.nn import functional as F
 
-import assemble
 import train
-from mixing import MODES, Eraser, Mixer
-from seeds import stable_seed
+from images.mixing import MODES, Eraser, Mixer
+from parallel.seeds import stable_seed
+from training import prepare
 
 OPTIONS = {"prob": 1.0, "switch_prob": 0.5, "mode": "batch", "smoothing": 0.1, "num_classes": 3}
 
@@ -145,10 +145,10 @@ def test_random_erasing_has_the_statistics_of_its_paper():
 
 
 def seen_targets(world, config, start_step=0):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     pairs = [
         (batch.position_B.tolist(), *train.to_device(run, batch))
-        for batch in assemble.train_batches(run, start_step=start_step)
+        for batch in prepare.train_batches(run, start_step=start_step)
     ]
     return [(positions, image.numpy(), target.numpy()) for positions, image, target in pairs]
 

@@ -6,14 +6,12 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn import functional as F
 
-import assemble
 import checkpoint
-import compose
-import distributed
 import moe
-import sharding
-from balance import Coefficients
-from routers import Router
+from options import compose
+from parallel import distributed, sharding
+from routers.balance import Coefficients
+from routers.router import Router
 from tests.test_sharding import (
     BATCH,
     MAX_NORM,
@@ -24,6 +22,7 @@ from tests.test_sharding import (
     parts,
     worst_error,
 )
+from training import prepare
 from vit import Block, VisionTransformer
 
 EXPERTS = 4
@@ -214,4 +213,4 @@ def test_balance_loss_is_the_same_on_every_mesh_and_zero_in_eval(ranks):
 def test_null_ep_is_as_many_ranks_as_divide_the_experts_and_the_ranks(overrides, world_size, ep):
     config = compose.compose("vit_moe_tiny_patch8_64", overrides)  # 8 experts, ep: null
     world = distributed.World(0, world_size, 0, torch.device("cpu"))
-    assert assemble.pick_ep(config, world) == ep
+    assert prepare.pick_ep(config, world) == ep

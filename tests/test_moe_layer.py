@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
 import moe
-import torch_kernels
-from balance import Coefficients
-from layers import Mlp
-from routers import Router
+from layers.modules import Mlp
+from moe_kernels import ops, torch_ffn
+from routers.balance import Coefficients
+from routers.router import Router
 from tests.test_moe import moe_vit, step_loss
 from tests.test_sharding import batch
 
@@ -80,12 +79,12 @@ def test_a_training_step_never_waits_for_the_device():
 
 
 def test_what_launches_the_triton_kernels_never_waits_for_the_device(monkeypatch):
-    triton_kernels = pytest.importorskip("triton_kernels")
+    triton_ffn = pytest.importorskip("moe_kernels.triton_ffn")
     launched = []
-    monkeypatch.setattr(triton_kernels, "launch", lambda kernel, *_: launched.append(kernel))
+    monkeypatch.setattr(triton_ffn, "launch", lambda kernel, *_: launched.append(kernel))
     with WaitCounter() as counter, torch.device("meta"):
         x_TD, weight_Tk = torch.randn(21, DIM), torch.rand(21, CHOICES)
-        plan = kernels.plan_rows(torch.empty(21, CHOICES, dtype=torch.int64), EXPERTS)
+        plan = ops.plan_rows(torch.empty(21, CHOICES, dtype=torch.int64), EXPERTS)
         rows = {
             "order_R": plan.order_R,
             "inverse_R": plan.inverse_R,
@@ -98,16 +97,16 @@ def test_what_launches_the_triton_kernels_never_waits_for_the_device(monkeypatch
             "is_gated": False,
             "allow_tf32": False,
         }
-        y_TD, z_RF = triton_kernels.forward(x_TD, weight_Tk, **rows)
-        triton_kernels.backward(y_TD, x_TD, weight_Tk, z_RF=z_RF, needs=[True] * 6, **rows)
+        y_TD, z_RF = triton_ffn.forward(x_TD, weight_Tk, **rows)
+        triton_ffn.backward(y_TD, x_TD, weight_Tk, z_RF=z_RF, needs=[True] * 6, **rows)
     assert counter.waits == []
     assert len(launched) > 5
 
 
 def test_the_torch_backend_does_wait_and_the_counter_sees_it():
-    plan = kernels.plan_rows(torch.zeros(21, CHOICES, dtype=torch.int64), EXPERTS)
+    plan = ops.plan_rows(torch.zeros(21, CHOICES, dtype=torch.int64), EXPERTS)
     with WaitCounter() as counter:
-        torch_kernels.combine_backward(
+        torch_ffn.combine_backward(
             torch.ones(21, DIM), torch.ones(42, DIM), torch.ones(21, CHOICES), plan.inverse_R
         )
     assert counter.waits == ["nonzero"]

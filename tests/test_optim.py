@@ -9,7 +9,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-import optim
+from training import optim
 from vit import VisionTransformer
 
 SCHEDULE = {"peak": 1e-3, "final": 1e-5, "warmup_steps": 10, "num_steps": 110}

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from decoding import UnreadableError, read_header, rgb
-from image_reader import ImageReader
-from layouts import index_images
-from tests.images import folder_dataset, write_image
+from images.decoding import UnreadableError, read_header, rgb
+from images.image_reader import ImageReader
+from images.layouts import index_images
+from tests.support.pictures import folder_dataset, write_image
 from tests.test_bad_data import bomb, jpeg, png, sixteen_bit
 from tests.test_layouts import ROOT, pack
 

@@ -11,19 +11,16 @@ from timm.layers import resample_abs_pos_embed
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 
-import assemble
-import augment
-import compose
-import losses
-import optim
 import train
-import validation
-from image_order import Order, step_positions
-from image_reader import ImageReader
 from imagenet_dataset import TrainImages, train_loader
-from layouts import index_images
-from tests.images import folder_dataset
-from weight_sources import Choice, read_source
+from images import augment
+from images.image_order import Order, step_positions
+from images.image_reader import ImageReader
+from images.layouts import index_images
+from options import checks, compose
+from tests.support.pictures import folder_dataset
+from training import losses, optim, prepare
+from weights.sources import Choice, read_source
 
 CLASSES = 5
 IMAGENET_IMAGES = 1_281_167
@@ -76,7 +73,7 @@ def test_cross_entropy_and_its_gradient_are_timms(kind, theirs):
 def test_loss_of_deit_3_in_closed_form():
     logits_BY = torch.tensor([[2.0, -1.0, 0.5]])
     target_BY = torch.tensor([[0.7, 0.3, 0.0]])  # two images mixed: both classes are there
-    criterion = assemble.build_criterion(
+    criterion = prepare.build_criterion(
         compose.compose(
             "vit_tiny_patch8_64",
             ["training.loss=bce", "training.bce_threshold=0", "training.label_smoothing=0"],
@@ -256,7 +253,7 @@ def test_recipe_of_fine_tuning_has_the_published_curve(recipe):
             continue
         found = optim.lr_at(
             round((epoch - 1) * steps / epochs),
-            peak=validation.peak_lr(config, 512),
+            peak=checks.peak_lr(config, 512),
             final=o.min_lr,
             warmup_steps=o.warmup_steps,
             num_steps=steps,
@@ -300,9 +297,7 @@ def test_recipe_has_the_published_lr_decay_and_momentum_at_ten_epochs(recipe):
         first = round(epoch * t.steps / epochs)  # 50046 updates are 20 epochs of 2502.3
         lr = optim.lr_at(
             optim.step_of_epoch(first, epoch_steps=t.steps // epochs),
-            peak=validation.peak_lr(
-                config, 8 * config.dataset.train.batch_size * t.grad_accum_steps
-            ),
+            peak=checks.peak_lr(config, 8 * config.dataset.train.batch_size * t.grad_accum_steps),
             final=o.min_lr,
             warmup_steps=o.warmup_steps,
             num_steps=t.steps,
@@ -425,7 +420,7 @@ def test_curve_by_steps_does_not_stand_still_within_an_epoch():
 
 
 def prepared(world, config):
-    run, choices = assemble.prepare(config, world)
+    run, choices = prepare.prepare(config, world)
     lrs = [run.lr_at(step) for step in range(config.training.steps)]
     groups = {(group["weight_decay"], group["lr_scale"]) for group in run.optimizer.param_groups}
     return lrs, choices["peak_lr"], choices["global_batch"], groups
@@ -580,7 +575,7 @@ def test_too_few_images_for_repeats_are_refused():
 def test_a_run_refuses_them_before_its_first_step(ranks, small_run):
     def message(world, config):
         with pytest.raises(ValueError, match="repeats=3: an update of 5 images") as caught:
-            assemble.prepare(config, world)
+            prepare.prepare(config, world)
         return str(caught.value)
 
     assert "24" in ranks(1, message, small_run("dataset.train.repeats=3"))[0]
@@ -655,8 +650,8 @@ AUGMENTED = [
 def first_images(world, configs):
     found = []
     for config in configs:
-        run, _ = assemble.prepare(config, world)
-        batch = next(assemble.train_batches(run, start_step=0))
+        run, _ = prepare.prepare(config, world)
+        batch = next(prepare.train_batches(run, start_step=0))
         found.append(train.to_device(run, batch)[0].numpy().tobytes())
     return found
 
@@ -687,8 +682,8 @@ def test_repeats_reach_the_images_of_a_run(ranks, small_run, many):
 
 def first_pictures(world, config):
     """The images of the first microbatch, by their pixels."""
-    run, _ = assemble.prepare(config, world)
-    batch = next(assemble.train_batches(run, start_step=0))
+    run, _ = prepare.prepare(config, world)
+    batch = next(prepare.train_batches(run, start_step=0))
     return [image_CHW.numpy().tobytes() for image_CHW in batch.image_BCHW]
 
 
@@ -731,7 +726,7 @@ def test_scaled_learning_rate_below_the_last_is_refused(ranks, small_run):
         with pytest.raises(
             ValueError, match=r"min_lr=1e-05: must be at most lr=0.001 x 5"
         ) as error:
-            assemble.prepare(config, world)
+            prepare.prepare(config, world)
         return str(error.value)
 
     config = small_run("optimizer.base_batch=1000000")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import checkpoint
-import sharding
+from parallel import sharding
 from tests.test_sharding import make_optimizer, run_step, shard, small_vit
 
 

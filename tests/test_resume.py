@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import assemble
 import checkpoint
-import compose
-import resume
-import schema
 import train
-from distributed import World
-from image_index import select
-from image_order import epoch_permutation, step_positions
-from layouts import index_images
-from tests.images import folder_dataset
+from images.image_order import epoch_permutation, step_positions
+from images.index import select
+from images.layouts import index_images
+from options import compose, schema
+from parallel.distributed import World
+from tests.support.pictures import folder_dataset
 from tests.test_bad_data import put
+from training import prepare, resume
 
 BASE = ["dataset.train.batch_size=4", "training.grad_accum_steps=2"]
 
@@ -35,10 +33,10 @@ def run_of(config, index, *, world=1):
     """A run as far as its data go."""
     data = config.dataset
     index = select(index, class_filter=data.class_filter, share=data.subset)
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(assemble.Run))
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(prepare.Run))
     world = World(rank=0, size=world, local_rank=0, device=torch.device("cpu"))
     values = {"config": config, "world": world, "train_index": index, "bad_images": set()}
-    return assemble.Run(**nothing | values)
+    return prepare.Run(**nothing | values)
 
 
 @functools.cache
@@ -48,7 +46,7 @@ def permutation(count, seed, epoch):
 
 def updates(run):
     """The images of each update, with their epochs and repeats, in no order."""
-    order, t, count = assemble.order_of(run), run.config.training, len(run.train_index)
+    order, t, count = prepare.order_of(run), run.config.training, len(run.train_index)
     found = []
     for step in range(45):  # over an epoch's end
         positions = itertools.chain.from_iterable(

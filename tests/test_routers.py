@@ -8,11 +8,11 @@ import torch.distributed.nn.functional
 import torch.utils.checkpoint
 from torch import nn
 
-import balance
-import distributed
-import init
-from balance import Coefficients
-from routers import Router, keep_within_capacity
+from layers import init
+from parallel import distributed
+from routers import balance
+from routers.balance import Coefficients
+from routers.router import Router, keep_within_capacity
 
 E, K, D, T, IMAGE = 6, 2, 5, 24, 8
 KINDS = {

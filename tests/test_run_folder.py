@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 import checkpoint
-import dcp_writer
-import run_folder
-from tests import faults
+from tests.support import faults
+from training import run_folder
+from weights import dcp_writer
 
 OPTIONS = {"keep_last": 2, "keep_best": 1, "metric": "-val_loss"}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import evaluate
-import scoring
 import train
+from training import scoring
 
 
 def test_loss_is_the_cross_entropy_of_the_labels_by_hand():

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import distributed
-import optim
-import sharding
+from parallel import distributed, sharding
+from training import optim
 from vit import Block, VisionTransformer
 
 STEPS, BATCH, CLASSES, MAX_NORM = 5, 16, 7, 0.5

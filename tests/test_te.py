@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import layers
 import vit
+from layers import modules
 
 SMALL = {
     "img_size": 32,
@@ -104,7 +104,7 @@ def stand_in(monkeypatch):
         DotProductAttention=StandInAttention,
         checkpoint=stand_in_checkpoint,
     )
-    monkeypatch.setattr(layers, "transformer_engine", lambda: te)
+    monkeypatch.setattr(modules, "transformer_engine", lambda: te)
 
 
 @pytest.fixture(params=["stand-in", "real"])
@@ -131,7 +131,7 @@ def pair(**options):
 
 
 def canonical_grads(model):
-    return {layers.canonical_name(name): p.grad for name, p in model.named_parameters()}
+    return {modules.canonical_name(name): p.grad for name, p in model.named_parameters()}
 
 
 def run(model, image_BCHW, seed=0):
@@ -153,7 +153,7 @@ def test_state_dict_has_the_keys_shapes_and_values_of_the_torch_backend(te, opti
     expected = vit.VisionTransformer(**SMALL | options).state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], value) for name, value in expected.items())
-    names = {layers.canonical_name(name): p for name, p in ours.named_parameters()}
+    names = {modules.canonical_name(name): p for name, p in ours.named_parameters()}
     assert names.keys() == expected.keys()
     assert any(name not in expected for name, _ in ours.named_parameters())
 
@@ -203,7 +203,7 @@ def test_building_draws_nothing_from_the_global_generator(te):
 
 
 def test_block_with_a_given_ffn_keeps_its_own_norm2(te):
-    model = vit.VisionTransformer(**SMALL, backend="te", ffn=lambda i: layers.Mlp(64, 64))
+    model = vit.VisionTransformer(**SMALL, backend="te", ffn=lambda i: modules.Mlp(64, 64))
     names = [name for name, _ in model.blocks[0].named_parameters()]
     assert "norm2.weight" in names
     assert "attn.qkv.layer_norm_weight" in names
@@ -228,7 +228,7 @@ def test_grad_checkpointing_uses_the_one_of_te(stand_in, monkeypatch):
         calls.append(function)
         return stand_in_checkpoint(function, x, **options)
 
-    monkeypatch.setattr(layers.transformer_engine(), "checkpoint", counting_checkpoint)
+    monkeypatch.setattr(modules.transformer_engine(), "checkpoint", counting_checkpoint)
     model = vit.VisionTransformer(**SMALL, backend="te", grad_checkpointing=True)
     plain = vit.VisionTransformer(**SMALL)
     image_BCHW = torch.randn(2, 3, 32, 32)
@@ -284,12 +284,12 @@ class TestGpu:
         output, expected = (m.float()(image_BCHW.float()) for m in (ours, plain))
         assert relative_error(output, expected) <= 5e-3  # in tf32 at worst
 
-    @pytest.mark.parametrize("recipe", layers.FP8_RECIPES)
+    @pytest.mark.parametrize("recipe", modules.FP8_RECIPES)
     def test_fp8_step_is_finite_and_near_bf16(self, options, recipe):
         ours, plain, image_BCHW = on_gpu(**options)
         label_B = torch.arange(16, device="cuda")
         for _ in range(3):  # delayed scaling learns its scales from the steps before
-            with layers.fp8_context(recipe):
+            with modules.fp8_context(recipe):
                 logits_BY = ours(image_BCHW)
             loss = functional.cross_entropy(logits_BY.float(), label_B)
             loss.backward()
@@ -303,7 +303,7 @@ class TestGpu:
             "cuda", torch.bfloat16
         )
         image_BCHW = torch.randn(16, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
-        with layers.fp8_context("delayed"):
+        with modules.fp8_context("delayed"):
             loss = model(image_BCHW).float().square().mean()
         loss.backward()
         assert all(grad.isfinite().all() for grad in canonical_grads(model).values())

@@ -16,16 +16,12 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.nn import functional as F
 
-import assemble
 import checkpoint
-import distributed
-import losses
-import models
-import optim
-import sharding
 import train
 from imagenet_dataset import NOT_COUNTED
+from parallel import distributed, sharding
 from tests.test_sharding import parts, worst_error
+from training import losses, network, optim, prepare
 
 # Dropout of every kind, a decaying learning rate, and steps that cross the edges of epochs:
 # 12 steps of 2 ranks x 2 microbatches x 4 images are 8 epochs of 24.
@@ -138,12 +134,12 @@ LOOP = [
 
 def plain_loop(world, config):
     """The same steps in plain PyTorch, written down again from the options."""
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     o, accum = config.optimizer, config.training.grad_accum_steps
-    model = models.build_model(config, backend="torch", on_meta=False)
+    model = network.build_model(config, backend="torch", on_meta=False)
     groups = optim.parameter_groups(model.named_parameters(), weight_decay=o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=tuple(o.betas), eps=o.eps)
-    batches = assemble.train_batches(run, start_step=0)
+    batches = prepare.train_batches(run, start_step=0)
     lines = []
     for step in range(config.training.steps):
         half_cosine = 0.5 * (1 + math.cos(math.pi * (step - 2)))
@@ -237,7 +233,7 @@ def test_averaged_weights_on_any_mesh_are_the_average_over_one_process(
 
 
 def validation_losses(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     with torch.no_grad():
         for shard in run.shards:
             shard.local.mul_(1.5)
@@ -253,7 +249,7 @@ def test_validating_the_average_uses_it_and_leaves_the_weights_alone(
 ):
     moe = ["model.moe.num_experts=4", f"fsdp.zero_dp_strategy={strategy}"]
     config = small_run("training.ema_decay=0.9", *moe, *options)
-    (fresh,) = ranks(1, lambda world: train.validate(assemble.prepare(small_run(*moe), world)[0]))
+    (fresh,) = ranks(1, lambda world: train.validate(prepare.prepare(small_run(*moe), world)[0]))
     fresh = fresh["val_loss"]
     before, both, after = ranks(world_size, validation_losses, config)[0]
     assert before == after
@@ -315,7 +311,7 @@ def test_dropout_differs_between_steps_ranks_and_microbatches(ranks, small_run):
 
 
 def validate_small(world, config):
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     # A head with large weights, so that predictions differ between images.
     with torch.no_grad():
         for shard in run.shards:
@@ -324,7 +320,7 @@ def validate_small(world, config):
     sharding.install_weights(run.model)
     counted = [
         int((batch.label_B != NOT_COUNTED).sum())
-        for batch in assemble.val_batches(run.config, run.val_index, run.world)
+        for batch in prepare.val_batches(run.config, run.val_index, run.world)
     ]
     return train.validate(run), sum(counted)
 
@@ -348,11 +344,11 @@ def test_validation_figures_equal_a_plain_loop(ranks, small_run):
     figures, _ = ranks(1, validate_small, config)[0]
 
     def plain(world):
-        run, _ = assemble.prepare(config, world)
-        model = models.build_model(config, backend="torch", on_meta=False).eval()
+        run, _ = prepare.prepare(config, world)
+        model = network.build_model(config, backend="torch", on_meta=False).eval()
         with torch.no_grad():
             model.head.weight.mul_(50)
-            batches = list(assemble.val_batches(run.config, run.val_index, run.world))
+            batches = list(prepare.val_batches(run.config, run.val_index, run.world))
             logits_BY = torch.cat([model(batch.image_BCHW) for batch in batches])
         label_B = torch.cat([batch.label_B for batch in batches])
         top1 = (logits_BY.argmax(1) == label_B).double().mean().item()
@@ -367,7 +363,7 @@ def test_validation_figures_equal_a_plain_loop(ranks, small_run):
 def train_and_answer(world, config):
     """Train and return the logits of the sharded model on fixed images."""
     train.train(config, world)
-    run, _ = assemble.prepare(config, world)
+    run, _ = prepare.prepare(config, world)
     train.resume(run)
     run.model.eval()
     image_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -382,9 +378,9 @@ def test_dcp_to_torch_gives_the_unsharded_model(ranks, small_run, tmp_path):
     command = ["-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
     subprocess.run([sys.executable, *command, folder, tmp_path / "out.pt"], check=True)
     content = torch.load(tmp_path / "out.pt", weights_only=True)
-    model = models.build_model(config, backend="torch", on_meta=False).eval()
+    model = network.build_model(config, backend="torch", on_meta=False).eval()
     model.load_state_dict(content["model"], strict=True)
-    other = models.build_model(config, backend="torch", on_meta=False).eval()
+    other = network.build_model(config, backend="torch", on_meta=False).eval()
     checkpoint.load_torch_checkpoint(tmp_path / "out.pt", other)
     image_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -500,7 +496,7 @@ def test_mfu_follows_from_flops_and_a_named_peak(ranks, small_run, tmp_path):
     config = small_run("training.steps=2", "training.log_interval=2", "training.peak_tflops=0.5")
     ranks(1, lambda world: train.train(config, world))
     line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1])
-    flops = models.build_model(config, backend="torch", on_meta=True).flops_per_image()
+    flops = network.build_model(config, backend="torch", on_meta=True).flops_per_image()
     expected = 100 * 3 * flops * line["images_per_s"] / 0.5e12
     assert line["mfu_percent"] == pytest.approx(expected, rel=1e-3)
 

@@ -7,8 +7,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import layers
 import vit
+from layers import modules
 
 SMALL = {
     "img_size": 32,
@@ -237,7 +237,7 @@ def test_ffn_factory_is_called_per_block_and_none_means_dense():
         {"global_pool": ""},
         {"num_classes": 0, "mlp_ratio": 2.0, "img_size": (16, 32)},
         {"patch_drop_rate": 0.4},
-        {"ffn": lambda i: layers.Mlp(48, 24)},
+        {"ffn": lambda i: modules.Mlp(48, 24)},
     ],
     ids=["plain", "map", "tokens", "no head", "patch dropout", "ffn"],
 )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import vit
-from vit_options import VitOptions
+from options.vit_options import VitOptions
 
 SMALL = {
     "img_size": 32,

@@ -11,15 +11,13 @@ from array import array
 
 import pytest
 
-import assemble
-import duplicates
 import evaluate
-import index_cache
-import shared_index
-from duplicates import UNKNOWN, UNREADABLE, find_twins, fingerprints
-from image_index import check_every_class, check_separate, select
-from layouts import index_images
-from tests.images import folder_dataset, write_image
+from images import cache as index_cache
+from images import duplicates, shared_index
+from images.duplicates import UNKNOWN, UNREADABLE, find_twins, fingerprints
+from images.index import check_every_class, check_separate, select
+from images.layouts import index_images
+from tests.support.pictures import folder_dataset, write_image
 from tests.test_layouts import (
     LAYOUTS,
     VAL_NAME,
@@ -31,7 +29,8 @@ from tests.test_layouts import (
     in_solution,
     in_xml,
 )
-from weight_sources import Source
+from training import prepare
+from weights.sources import Source
 
 
 @pytest.fixture
@@ -275,9 +274,9 @@ def test_a_part_of_a_dataset_keeps_its_fingerprints(root):
     assert find_twins(*parts) == []
 
 
-def prepare(world, config):
+def prepared(world, config):
     try:
-        assemble.find_images(config, world)
+        prepare.find_images(config, world)
     except ValueError as error:
         return str(error)
     return "prepared"
@@ -290,7 +289,7 @@ def prepare(world, config):
 def test_copies_do_what_the_option_says(ranks, root, small_run, capfd, do, result, printed):
     shutil.copy(image_of(root, "train", 0), image_of(root, "val", 3))
     config = small_run(f"dataset.train.root={root}", f"dataset.duplicates={do}")
-    assert all(result in message for message in ranks(2, prepare, config))
+    assert all(result in message for message in ranks(2, prepared, config))
     line = "data: 1 of 7 validation images are training images, too; the first: val/"
     assert capfd.readouterr().err.count(line) == printed, "by one rank"
     kept = index_cache.load(index_cache.refresh(root, "train"))
@@ -329,7 +328,7 @@ def test_one_folder_for_both_splits_is_refused(root, tmp_path, name):
 
 
 def test_a_run_on_one_folder_for_both_is_refused(ranks, root, small_run):
-    (message,) = ranks(1, prepare, small_run(f"dataset.train.root={root / 'train'}"))
+    (message,) = ranks(1, prepared, small_run(f"dataset.train.root={root / 'train'}"))
     assert "the 11 images are the training images, too" in message
 
 
@@ -339,14 +338,14 @@ def test_classes_without_images_are_refused(ranks, root, small_run, tmp_path):
     says = rf"dataset\.val\.root=.*1 of 3 classes have no image, the first \['{WNIDS[2]}'\]"
     with pytest.raises(ValueError, match=says):
         check_every_class(index_images(data, "val"))
-    (message,) = ranks(1, prepare, small_run(f"dataset.train.root={data}"))
+    (message,) = ranks(1, prepared, small_run(f"dataset.train.root={data}"))
     assert "1 of 3 classes have no image" in message
     kept = small_run(
         f"dataset.train.root={data}",
         f"dataset.class_filter=[{WNIDS[0]},{WNIDS[1]}]",
         "model.vit.num_classes=2",
     )
-    assert ranks(1, prepare, kept) == ["prepared"]
+    assert ranks(1, prepared, kept) == ["prepared"]
 
 
 def shifted(wnids):

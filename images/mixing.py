@@ -1,0 +1,99 @@
+"""What is done to a microbatch on its device, timm's, drawn as a function of (seed, position).
+
+normalised image_BCHW, label_B -> Eraser -> Mixer -> image_BCHW, target_BY
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from parallel.seeds import stable_seed
+
+NUMPY_SEEDS = 2**32
+MODES = ("batch", "pair", "elem")
+
+
+class Eraser:
+    """Random erasing: at most `count` boxes of an image are filled, with probability `prob`.
+
+    Mode "pixel" fills with noise, "rand" with one random color, "const" with zeros, after
+    normalisation. Boxes are the same on every device; the noise is that of the device's generator.
+
+    Source: arXiv:1708.04896; timm.data.random_erasing.
+    """
+
+    def __init__(
+        self, *, prob: float, mode: str, count: int, device: torch.device, seed: int
+    ) -> None:
+        self.erase = RandomErasing(prob, mode=mode, max_count=count, device=str(device))
+        self.seed = seed
+
+    def __call__(self, image_BCHW: Tensor, position_B: Tensor) -> Tensor:
+        """Return the images, written in place, by their positions in the stream."""
+        device = image_BCHW.device
+        on_cpu = device.type == "cpu"
+        generator = (
+            torch.default_generator if on_cpu else torch.cuda.default_generators[device.index]
+        )
+        # timm draws from the global generators, which are put back as they were.
+        kept = random.getstate(), generator.get_state()
+        try:
+            for image_CHW, position in zip(image_BCHW, position_B.tolist(), strict=True):
+                seed = stable_seed(self.seed, "erase", position)
+                random.seed(seed)
+                generator.manual_seed(seed)
+                self.erase(image_CHW)
+        finally:
+            random.setstate(kept[0])
+            generator.set_state(kept[1])
+        return image_BCHW
+
+
+class Mixer:
+    """Mix images in pairs, first with last; targets are label-smoothed probabilities.
+
+    All draws depend on the seed and on which group of `batch_size` consecutive images of the run
+    this is, so they are the same after a resume, and for any number of ranks that keeps the batch
+    size of a rank.
+
+    Source: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899; timm.data.Mixup.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixup: float,
+        cutmix: float,
+        prob: float,
+        switch_prob: float,
+        mode: str,
+        smoothing: float,
+        num_classes: int,
+        seed: int,
+    ) -> None:
+        self.mix = Mixup(
+            mixup_alpha=mixup,
+            cutmix_alpha=cutmix,
+            prob=prob,
+            switch_prob=switch_prob,
+            mode=mode,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
+        self.seed = seed
+
+    def __call__(self, image_BCHW: Tensor, label_B: Tensor, *, group: int) -> tuple[Tensor, Tensor]:
+        """Return the mixed images (written in place) and targets: image_BCHW, target_BY."""
+        # timm draws from NumPy's global generator, which is put back as it was.
+        state = np.random.get_state()
+        np.random.seed(stable_seed(self.seed, "mix", group) % NUMPY_SEEDS)
+        try:
+            return self.mix(image_BCHW, label_B)
+        finally:
+            np.random.set_state(state)

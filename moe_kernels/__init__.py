@@ -1,0 +1,1 @@
+"""The experts' matrix products: plain torch, and Triton."""

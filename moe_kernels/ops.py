@@ -1,0 +1,397 @@
+"""MoE feed-forward over rows sorted by expert: the plan, the custom ops and the choice of backend.
+
+    expert_id_Tk -> plan_rows -> RowPlan
+    x_TD --gather--> x_RD @ w_in -> z_RF -> activation @ w_out -> y_RD --combine--> y_TD
+
+A custom op per direction: torch.compile sees one node, and nothing waits for the device. Kept for
+backward: x, z, the gate weights and the plan. The arithmetic is in torch_kernels.py and
+triton_kernels.py; no router, no parameters and no communication here.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_kernels import torch_ffn
+
+BACKENDS = ("torch", "triton")
+# name -> (function of the gate half or of all of z, whether z has a gate and a value half)
+ACTIVATIONS = {
+    "gelu": ("gelu", False),
+    "relu": ("relu", False),
+    "silu": ("silu", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
+}
+DROPPED = -1
+OPS = torch.library.Library("moevit", "FRAGMENT")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """Where each of the R = T*k routed rows stands when rows are sorted by expert.
+
+    Row t*k+j ("flat index") is choice j of token t. Dropped rows stand behind all experts' rows.
+
+    Attributes:
+        order_R: int32, the flat index of each sorted row.
+        inverse_R: int32, the sorted position of each flat index; -1 for a dropped row.
+        offset_E1: int32 [E+1], expert e owns the sorted rows offset[e] .. offset[e+1]-1.
+        rows_per_expert_E: int32, the number of rows of each expert.
+    """
+
+    order_R: Tensor
+    inverse_R: Tensor
+    offset_E1: Tensor
+    rows_per_expert_E: Tensor
+
+
+def plan_rows(expert_id_Tk: Tensor, num_experts: int) -> RowPlan:
+    """Return the rows' stable order by expert, computed on their device without a host sync.
+
+    An id outside 0 .. num_experts-1 drops the row: no expert computes it and it adds nothing.
+    """
+    flat_R = expert_id_Tk.reshape(-1)
+    # A radix sort works through the key's bits, so the key is as narrow as the experts allow.
+    key_dtype = torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32
+    # -1 modulo num_experts + 1 is num_experts: what is dropped sorts last.
+    key_R = flat_R.clamp(-1, num_experts).remainder(num_experts + 1).to(key_dtype)
+    sorted_key_R, order_R = torch.sort(key_R, stable=True)
+    bound_E1 = torch.arange(num_experts + 1, device=flat_R.device, dtype=torch.int32)
+    offset_E1 = torch.searchsorted(sorted_key_R.int(), bound_E1, out_int32=True)
+    position_R = torch.arange(flat_R.numel(), device=flat_R.device, dtype=torch.int32)
+    inverse_R = torch.empty_like(position_R).scatter_(0, order_R, position_R)
+    inverse_R.masked_fill_(inverse_R >= offset_E1[-1], DROPPED)
+    return RowPlan(order_R.int(), inverse_R, offset_E1, offset_E1.diff())
+
+
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module("moe_kernels.triton_ffn")
+
+
+def _kernels_of(backend: str) -> ModuleType:
+    return torch_ffn if backend == "torch" else _triton_kernels()
+
+
+def resolve_kernels(backend: str, device: torch.device) -> tuple[str, str]:
+    """Return the backend to use on `device`, and the reason for the choice, to be logged.
+
+    Raises:
+        ValueError: unknown backend, or `triton` off CUDA without Triton's interpreter.
+        ImportError: `triton` was asked for by name and does not import.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"config model.moe.kernels={backend}: must be auto, torch or triton")
+    if backend == "torch":
+        return "torch", "as configured"
+    if backend == "auto" and device.type != "cuda":
+        return "torch", f"auto: the Triton kernels need CUDA, device is {device}"
+    try:
+        is_interpreted = _triton_kernels().is_interpreted()
+    except ImportError as error:
+        if backend == "triton":
+            raise
+        return "torch", f"auto: {error}"
+    if device.type != "cuda" and not is_interpreted:
+        raise ValueError(
+            f"config model.moe.kernels=triton: needs CUDA, device is {device} (use torch or auto; "
+            "TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
+        )
+    return "triton", "as configured" if backend == "triton" else "auto: CUDA, and Triton imports"
+
+
+class _Context(Protocol):
+    """What autograd hands to setup_context and backward."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+    options: tuple[str, str, bool]
+    num_choices: int
+    backend: str
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _new_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _define(function: Callable[..., object], fake: Callable[..., object]) -> torch._ops.OpOverload:
+    """Return the op moevit::<name of the function>, without a gradient yet.
+
+    torch.library.custom_op does the same, but its wrappers take as long as one expert's matrix
+    product of a small layer does on a CPU.
+    """
+    name = function.__name__.removeprefix("_")
+    schema = torch.library.infer_schema(function, mutates_args=())
+    OPS.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    OPS.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moevit::{name}", fake, lib=OPS)
+    return getattr(torch.ops.moevit, name).default
+
+
+def _moe_ffn(  # noqa: PLR0917
+    x_TD: Tensor,
+    weight_Tk: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    backend: str,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    function, is_gated = ACTIVATIONS[activation]
+    return _kernels_of(backend).forward(
+        x_TD.contiguous(),
+        weight_Tk.contiguous(),
+        order_R=order_R,
+        inverse_R=inverse_R,
+        offset_E1=offset_E1,
+        w_in=w_in,
+        b_in=b_in,
+        w_out=w_out,
+        b_out=b_out,
+        function=function,
+        is_gated=is_gated,
+        allow_tf32=allow_tf32,
+    )
+
+
+def _moe_ffn_fake(  # noqa: PLR0917
+    x_TD: Tensor,
+    weight_Tk: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    *rest: Tensor | str | bool | None,
+) -> tuple[Tensor, Tensor]:
+    z_RF = x_TD.new_empty(order_R.shape[0], w_in.shape[0] // (offset_E1.shape[0] - 1))
+    return _new_like(x_TD), z_RF
+
+
+def _moe_ffn_backward(  # noqa: PLR0917
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight_Tk: Tensor,
+    z_RF: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    backend: str,
+    allow_tf32: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    function, is_gated = ACTIVATIONS[activation]
+    grads = _kernels_of(backend).backward(
+        dy_TD.contiguous(),
+        x_TD.contiguous(),
+        weight_Tk.contiguous(),
+        z_RF=z_RF,
+        order_R=order_R,
+        inverse_R=inverse_R,
+        offset_E1=offset_E1,
+        w_in=w_in,
+        b_in=b_in,
+        w_out=w_out,
+        b_out=b_out,
+        function=function,
+        is_gated=is_gated,
+        allow_tf32=allow_tf32,
+        needs=needs,
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+def _moe_ffn_backward_fake(  # noqa: PLR0917
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight_Tk: Tensor,
+    z_RF: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    backend: str,
+    allow_tf32: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    values = (x_TD, weight_Tk, w_in, b_in, w_out, b_out)
+    pairs = zip(values, needs, strict=True)
+    return [_new_like(value) for value, needed in pairs if needed and value is not None]
+
+
+_forward_op = _define(_moe_ffn, _moe_ffn_fake)
+_backward_op = _define(_moe_ffn_backward, _moe_ffn_backward_fake)
+
+
+class _MoeFfn(torch.autograd.Function):
+    """The forward op with the backward op as its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context, *inputs: *tuple[*tuple[Tensor | None, ...], str, str, bool]
+    ) -> tuple[Tensor, Tensor]:
+        *tensors, activation, backend, allow_tf32 = inputs
+        with torch._C._AutoDispatchBelowAutograd():
+            y_TD, z_RF = _forward_op(*inputs)
+        ctx.options = (activation, backend, allow_tf32)
+        ctx.mark_non_differentiable(z_RF)
+        ctx.save_for_backward(*tensors, z_RF)
+        return y_TD, z_RF
+
+    @staticmethod
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_Tk, order_R, inverse_R, offset_E1, *parameters, z_RF = ctx.saved_tensors
+        # Order of the gradients: x, weight, w_in, b_in, w_out, b_out; the plan has none.
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6, 7, 8)]
+        rows = (x_TD, weight_Tk, z_RF, order_R, inverse_R, offset_E1)
+        wanted = iter(_backward_op(grads[0], *rows, *parameters, *ctx.options, needs))
+        of_inputs = [next(wanted) if needed else None for needed in needs]
+        return (*of_inputs[:2], None, None, None, *of_inputs[2:], None, None, None)
+
+
+OPS.impl("moe_ffn", _MoeFfn.apply, "Autograd")
+
+
+def moe_ffn(  # noqa: PLR0917
+    x_TD: Tensor,
+    weight_Tk: Tensor,
+    plan: RowPlan,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    activation: str,
+    backend: str,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """Return y[t] = sum_j weight[t, j] * FFN_e(x[t]) over the experts e that token t was sent to.
+
+    FFN_e(x) = w_out[e] @ activation(w_in[e] @ x + b_in[e]) + b_out[e]. Weights are stored with the
+    expert in the first dimension's blocks; a gated activation has 2F rows per expert, gate first.
+
+    Shapes: x_TD, weight_Tk, w_in [E*F, D], b_in [E, F], w_out [E*D, F], b_out [E, D] -> y_TD
+    Numerics: fp32 sums; the same bits every time; x and the weights share a dtype, weight_Tk may
+        be wider. `allow_tf32` lets fp32 products of the Triton backend round to tf32.
+    """
+    assert x_TD.dtype == w_in.dtype == w_out.dtype, f"{x_TD.dtype}, {w_in.dtype}, {w_out.dtype}"
+    assert plan.order_R.numel() == weight_Tk.numel(), "the plan is not of these choices"
+    rows = (plan.order_R, plan.inverse_R, plan.offset_E1)
+    parameters = (w_in, b_in, w_out, b_out)
+    return _forward_op(x_TD, weight_Tk, *rows, *parameters, activation, backend, allow_tf32)[0]
+
+
+@torch.library.custom_op("moevit::combine", mutates_args=())
+def _combine(
+    y_RD: Tensor, weight_Tk: Tensor | None, inverse_R: Tensor, num_choices: int, backend: str
+) -> Tensor:
+    weight_Tk = None if weight_Tk is None else weight_Tk.contiguous()
+    return _kernels_of(backend).combine(
+        y_RD.contiguous(), weight_Tk, inverse_R, num_choices=num_choices
+    )
+
+
+@_combine.register_fake
+def _combine_fake(
+    y_RD: Tensor, _: Tensor | None, inverse_R: Tensor, num_choices: int, __: str
+) -> Tensor:
+    return y_RD.new_empty(inverse_R.shape[0] // num_choices, y_RD.shape[1])
+
+
+@torch.library.custom_op("moevit::combine_backward", mutates_args=())
+def _combine_backward(
+    dy_TD: Tensor, y_RD: Tensor, weight_Tk: Tensor, inverse_R: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _kernels_of(backend).combine_backward(
+        dy_TD.contiguous(), y_RD.contiguous(), weight_Tk.contiguous(), inverse_R
+    )
+
+
+@_combine_backward.register_fake
+def _combine_backward_fake(
+    _: Tensor, y_RD: Tensor, weight_Tk: Tensor, __: Tensor, ___: str
+) -> tuple[Tensor, Tensor]:
+    return _new_like(y_RD), _new_like(weight_Tk)
+
+
+def _keep_for_combine(
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, int, str], output: Tensor
+) -> None:
+    y_RD, weight_Tk, inverse_R, _, ctx.backend = inputs
+    ctx.save_for_backward(y_RD, weight_Tk, inverse_R)
+
+
+def _differentiate_combine(ctx: _Context, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_combine_backward(dy_TD, *ctx.saved_tensors, ctx.backend), None, None, None)
+
+
+_combine.register_autograd(_differentiate_combine, setup_context=_keep_for_combine)
+
+
+def combine(y_RD: Tensor, weight_Tk: Tensor, inverse_R: Tensor, *, backend: str) -> Tensor:
+    """Return y[t] = sum_j weight[t, j] * y[inverse[t*k+j]]; a negative position adds nothing.
+
+    Each row of y_RD is used at most once; its gradient is zero where it is not used.
+
+    Shapes: y_RD (any number of rows), weight_Tk, inverse_R [T*k] -> y_TD
+    Numerics: fp32 sums in the order of the choices, without atomics.
+    """
+    return _combine(y_RD, weight_Tk, inverse_R, weight_Tk.shape[1], backend)
+
+
+@torch.library.custom_op("moevit::gather_rows", mutates_args=())
+def _gather_rows(
+    x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, num_choices: int, backend: str
+) -> Tensor:
+    return x_TD.index_select(0, order_R // num_choices)
+
+
+@_gather_rows.register_fake
+def _gather_rows_fake(x_TD: Tensor, order_R: Tensor, _: Tensor, __: int, ___: str) -> Tensor:
+    return x_TD.new_empty(order_R.shape[0], x_TD.shape[1])
+
+
+def _keep_for_gather(
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, int, str], output: Tensor
+) -> None:
+    _, _, inverse_R, ctx.num_choices, ctx.backend = inputs
+    ctx.save_for_backward(inverse_R)
+
+
+def _differentiate_gather(ctx: _Context, dx_RD: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse_R,) = ctx.saved_tensors
+    dx_TD = _combine(dx_RD, None, inverse_R, ctx.num_choices, ctx.backend)
+    return dx_TD, None, None, None, None
+
+
+_gather_rows.register_autograd(_differentiate_gather, setup_context=_keep_for_gather)
+
+
+def gather_rows(x_TD: Tensor, plan: RowPlan, *, num_choices: int, backend: str) -> Tensor:
+    """Return each sorted row's token, dropped rows last; its gradient is a gather-sum, no atomics.
+
+    Shapes: x_TD -> x_RD with R = T*k, where k is `num_choices`
+    """
+    return _gather_rows(x_TD, plan.order_R, plan.inverse_R, num_choices, backend)

@@ -1,0 +1,1 @@
+"""Ranks, meshes, collectives, sharding."""

@@ -1,0 +1,365 @@
+"""Process group, device mesh, random seeds and decisions that all ranks take together.
+
+Nothing here knows of models. This file and train.py are the only ones that read the environment.
+
+    torchrun's variables -> World (rank, size, device) -> Meshes (dense, expert) -> sharding.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import zip_longest
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel import launch
+from parallel.seeds import stable_seed
+
+T = TypeVar("T")
+
+AXES = ("dp_outer", "dp_shard", "ep")
+
+# Dense bf16 peak of one device in TFLOP/s, from the vendor's data sheets (no sparsity).
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, how many there are, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes logs and prints."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The two device meshes with axes (dp_outer, dp_shard, ep).
+
+    Dense parameters shard over all ranks of a replica, so their mesh is (O, S * EP, 1); an
+    expert's parameters live on one `ep` coordinate and shard over `dp_shard`: (O, S, EP).
+    """
+
+    dense: DeviceMesh
+    expert: DeviceMesh
+
+    @property
+    def dp_outer(self) -> int:
+        """Number of replicas of the sharded model (HSDP)."""
+        return self.dense.size(0)
+
+    @property
+    def ep(self) -> int:
+        """Number of ranks over which the experts of a layer are spread."""
+        return self.expert.size(2)
+
+
+def expand_path(text: str) -> Path:
+    """Return a path with ~ and variables of the environment filled in.
+
+    Raises:
+        ValueError: A variable is not set; the message names it.
+    """
+    for found in re.finditer(r"\$(\w+)|\$\{(\w+)\}", text):
+        name = found[1] or found[2]
+        if name not in os.environ:
+            raise ValueError(f"environment variable {name} is not set")
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """Return the device of this rank for `device=auto|cpu|cuda`.
+
+    Raises:
+        ValueError: CUDA was asked for and is missing, or has fewer devices than local ranks.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"config device={name}: local rank {local_rank} has no CUDA device, {count} visible "
+            "(use device=cpu, or at most that many ranks per node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
+    """Join the process group, NCCL on CUDA and gloo on CPU, and leave it at the end.
+
+    Without torchrun it is a group of one rank that needs no network port.
+
+    Raises:
+        ValueError: The environment is not one that torchrun makes.
+        OSError: There is no such place to meet, or another program is there.
+    """
+    rank, world_size, local_rank = launch.launch_facts()
+    world = World(rank, world_size, local_rank, pick_device(device, local_rank))
+    timeout = timedelta(seconds=timeout_s)
+    # On CUDA, gloo rides along for decisions about CPU objects (which checkpoint, which config).
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    else:
+        launch.keep_freed_memory()
+    if "RANK" in os.environ:
+        place = launch.check_meeting_place()
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as err:
+            raise OSError(
+                f"MASTER_ADDR:MASTER_PORT={place}: rank {rank} of {world_size} cannot meet the "
+                f"others there: {str(err).strip().splitlines()[0]}"
+            ) from err
+    else:
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=torch._C._distributed_c10d.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    is_clean = False
+    try:
+        yield world
+        is_clean = True
+    finally:
+        # After an error NCCL would wait here for peers that wait for this rank, and the message
+        # would never come; the process is about to end.
+        if is_clean or world.device.type == "cpu":
+            dist.destroy_process_group()
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """Return what to say of an error that means that another rank is gone, None of any other."""
+    if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    names = [frame.name for frame in frames if frame.filename == dist.distributed_c10d.__file__]
+    reason = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+    return (
+        f"{names[-1] if names else 'a collective'} failed: {reason}; another rank is gone, or was "
+        "stuck for longer than distributed.timeout_s"
+    )
+
+
+def build_meshes(*, dp_outer: int, dp_shard: int | None, ep: int, device: torch.device) -> Meshes:
+    """Return the meshes for `dp_outer x dp_shard x ep` ranks; dp_shard=None takes what is left.
+
+    Raises:
+        ValueError: The product is not the world size; the message spells the product out.
+    """
+    world_size = dist.get_world_size()
+    if dp_shard is None and world_size % (dp_outer * ep):
+        raise ValueError(
+            f"config distributed: dp_outer={dp_outer} * ep={ep} = {dp_outer * ep}, must divide the "
+            f"world size {world_size}"
+        )
+    shard = world_size // (dp_outer * ep) if dp_shard is None else dp_shard
+    if dp_outer * shard * ep != world_size:
+        raise ValueError(
+            f"config distributed: dp_outer={dp_outer} * dp_shard={shard} * ep={ep} = "
+            f"{dp_outer * shard * ep}, must equal the world size {world_size}"
+        )
+    return Meshes(
+        init_device_mesh(device.type, (dp_outer, shard * ep, 1), mesh_dim_names=AXES),
+        init_device_mesh(device.type, (dp_outer, shard, ep), mesh_dim_names=AXES),
+    )
+
+
+def seed_step(seed: int, *, step: int, microbatch: int, rank: int) -> None:
+    """Seed the global generators (CPU and CUDA), which dropout and drop path draw from.
+
+    The draws are a function of (seed, step, microbatch, rank), so resuming needs no RNG state.
+    """
+    torch.manual_seed(stable_seed(seed, "step", step, microbatch, rank))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        del ctx
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        del ctx
+        # Every rank computes the same loss from the same total, so the sum of the ranks'
+        # gradients is one of them times their number: no second collective.
+        return grads[0] * dist.get_world_size()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the sum of `value` over all ranks, differentiable. Collective.
+
+    For statistics from which every rank computes the same loss L: if each rank then takes the
+    gradient of L / ranks and gradients are summed over ranks, the result is the gradient of L.
+    """
+    return _SumOverRanks.apply(value)
+
+
+class _Context(Protocol):
+    """What autograd hands to setup_context and backward."""
+
+    saved_tensors: tuple[Tensor, Tensor]
+    num_rows: int
+    group: str
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+# Custom ops, so that a compiled block has them inside of its graph: they take the group by name,
+# and how many rows arrive is known when they run only.
+@torch.library.custom_op("moevit::exchange_counts", mutates_args=())
+def _exchange_counts(send_Ee: Tensor, group: str) -> Tensor:
+    received_Ee = torch.empty_like(send_Ee, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received_Ee, send_Ee.contiguous(), group=_group(group))
+    return received_Ee
+
+
+@_exchange_counts.register_fake
+def _exchange_counts_fake(send_Ee: Tensor, _: str) -> Tensor:
+    return torch.empty_like(send_Ee, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("moevit::exchange_rows", mutates_args=())
+def _exchange_rows(
+    x_RD: Tensor, send_P: Tensor, receive_P: Tensor, num_rows: int | None, group: str
+) -> Tensor:
+    send, receive = send_P.tolist(), receive_P.tolist()
+    sent, received = sum(send), sum(receive)
+    y_ND = x_RD.new_empty(received if num_rows is None else num_rows, x_RD.shape[1])
+    rows = x_RD[:sent].contiguous()
+    dist.all_to_all_single(y_ND[:received], rows, receive, send, group=_group(group))
+    y_ND[received:].zero_()
+    return y_ND
+
+
+@_exchange_rows.register_fake
+def _exchange_rows_fake(
+    x_RD: Tensor, _: Tensor, __: Tensor, num_rows: int | None, ___: str
+) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
+    return x_RD.new_empty(size, x_RD.shape[1])
+
+
+def _keep_for_exchange(
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, int | None, str], output: Tensor
+) -> None:
+    x_RD, send_P, receive_P, _, ctx.group = inputs
+    ctx.num_rows = x_RD.shape[0]
+    ctx.save_for_backward(send_P, receive_P)
+
+
+def _differentiate_exchange(ctx: _Context, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+    send_P, receive_P = ctx.saved_tensors
+    dx_RD = _exchange_rows(dy_ND, receive_P, send_P, ctx.num_rows, ctx.group)
+    return dx_RD, None, None, None, None
+
+
+_exchange_rows.register_autograd(_differentiate_exchange, setup_context=_keep_for_exchange)
+
+
+@dataclass(frozen=True)
+class ExpertExchange:
+    """The expert-parallel group of this rank, as moe.py sees it: who has which expert, and mail."""
+
+    size: int
+    rank: int
+    group: str
+
+    def counts(self, send_Ee: Tensor) -> Tensor:
+        """Return how many rows arrive: [ep, experts here] sent per peer -> the same, received."""
+        return _exchange_counts(send_Ee, self.group)
+
+    def rows(
+        self, x_RD: Tensor, *, send_P: Tensor, receive_P: Tensor, num_rows: int | None = None
+    ) -> Tensor:
+        """Send `send_P[p]` rows to each peer p, in order, and return what arrives; differentiable.
+
+        The counts are on the host. Rows of x_RD behind those that are sent stay here and get a
+        gradient of zero; rows of zeros follow what arrives, to make up `num_rows` of them.
+        """
+        return _exchange_rows(x_RD, send_P, receive_P, num_rows, self.group)
+
+
+def expert_exchange(meshes: Meshes) -> ExpertExchange:
+    """Return the exchange over the mesh's `ep` axis."""
+    axis = meshes.expert["ep"]
+    return ExpertExchange(axis.size(), axis.get_local_rank(), axis.get_group().group_name)
+
+
+def from_main(value: T) -> T:
+    """Return rank 0's `value` on every rank, so that a decision is taken once. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def require_equal(name: str, value: str) -> None:
+    """Raise ValueError on every rank if `value` differs between ranks. Collective."""
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, item in enumerate(values):
+        if item != values[0]:
+            pairs = zip_longest(values[0].splitlines(), item.splitlines(), fillvalue="nothing")
+            ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"{name} differs between ranks: rank 0: {ours.strip()}; "
+                f"rank {rank}: {theirs.strip()}"
+            )
+
+
+def device_name(device: torch.device) -> str:
+    """Return the marketing name of a CUDA device, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_tflops(device: torch.device, override: float | None) -> float | None:
+    """Return the dense bf16 peak of `device` in TFLOP/s, None where no figure is known."""
+    if override is not None:
+        return override
+    name = device_name(device)
+    # The longest key wins: "H100 PCIe" before "H100".
+    keys = sorted((key for key in PEAK_TFLOPS if key in name), key=len, reverse=True)
+    return PEAK_TFLOPS[keys[0]] if keys else None
+
+
+def memory_gib(device: torch.device) -> float:
+    """Return the peak memory of this process in GiB: allocated on CUDA, resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,97 @@
+"""How this process was started: as one of torchrun's ranks, or alone.
+
+environment -> launch_facts -> check_meeting_place; and what a process sets before it computes
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import time
+from pathlib import Path
+
+FACTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+PORTS = range(1, 2**16)
+FIND_HOST_S = 20  # the name of a machine that has just started may not be known at once
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ValueError(f"environment {name}={text}: must be a whole number")
+    return int(text)
+
+
+def launch_facts() -> tuple[int, int, int]:
+    """Return (rank, world size, local rank) as torchrun set them, or (0, 1, 0) without it.
+
+    Raises:
+        ValueError: Some are not set, no numbers, or the rank is none of so many.
+    """
+    missing = [name for name in FACTS if name not in os.environ]
+    if len(missing) == len(FACTS):
+        return 0, 1, 0
+    if missing:
+        raise ValueError(
+            f"environment {', '.join(missing)}: not set though others of {', '.join(FACTS)} are; "
+            "start with `torchrun train.py ...` or with none of them"
+        )
+    rank, world_size, local_rank = map(_number, FACTS)
+    if rank >= world_size:
+        raise ValueError(f"environment RANK={rank}: must be less than WORLD_SIZE={world_size}")
+    return rank, world_size, local_rank
+
+
+def module_environment() -> dict[str, str]:
+    """Return the environment in which `python -m` finds this repo's modules from any folder."""
+    root = str(Path(__file__).resolve().parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def shown_rank() -> str:
+    """Return the rank for a message, whatever the environment says."""
+    return os.environ.get("RANK", "0")
+
+
+def check_meeting_place() -> str:
+    """Return MASTER_ADDR:MASTER_PORT, where torchrun's ranks meet.
+
+    Raises:
+        ValueError: One of them is not set, or no port.
+        OSError: There is no such host: torch would look for it for as long as it waits for ranks.
+    """
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        raise ValueError("environment MASTER_ADDR: not set; start with `torchrun train.py ...`")
+    port = _number("MASTER_PORT")
+    if port not in PORTS:
+        raise ValueError(f"environment MASTER_PORT={port}: must be {PORTS[0]} to {PORTS[-1]}")
+    given_up = time.monotonic() + FIND_HOST_S
+    while True:
+        try:
+            socket.getaddrinfo(address, port)
+        except OSError as error:
+            if time.monotonic() >= given_up:
+                raise OSError(
+                    f"environment MASTER_ADDR={address}: no such host: {error}"
+                ) from error
+            time.sleep(1)
+        else:
+            return f"{address}:{port}"
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, instead of handing it back to the system.
+
+    A training step frees and takes the same memory again. By default glibc returns what is free at
+    the end of the heap, and every page of it is faulted in anew, thousands in a step on a CPU. The
+    size from which a block is mapped by itself is set to where glibc moves it, at most, 32 MiB.
+    C libraries without `mallopt` (macOS, musl) are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in glibc's malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)

@@ -1,0 +1,398 @@
+"""Megatron-FSDP: wrap the model, drive gradients and the optimizer, name the state.
+
+    vit on meta or CPU --shard_model--> MegatronFSDP --build_optimizer--> AdamW over local shards
+    microbatch(is_last) -> loss.backward() -> finish_gradients -> clip -> optimizer step
+
+The only file that imports megatron_fsdp (0.6.1). What is worked around, and why, stands at each
+place; `tests/test_sharding.py` holds the whole to a single-process run of plain PyTorch.
+On a machine without CUDA a shim, private to this file, gives the library CPU streams and blocking
+collectives; on CUDA it does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from layers import init
+from parallel.distributed import Meshes
+
+with warnings.catch_warnings():
+    # "Transformer Engine and Apex are not installed": layers.py says what is used, and why.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
+    from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model, fully_shard_optimizer
+    from megatron_fsdp.megatron_fsdp import MegatronFSDP
+    from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
+
+STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+
+
+class _Finished:
+    """A handle of a collective, stream or event that has nothing left to wait for."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def wait(self, *_: object) -> None: ...
+
+    wait_stream = wait_event = synchronize = record = wait
+
+    def record_event(self, *_: object) -> _Finished:
+        return _Finished()
+
+    def query(self) -> bool:
+        return True
+
+
+class _Forward:
+    """An object that answers with its own attributes first and the wrapped module's after."""
+
+    def __init__(self, target: object, **own: object) -> None:
+        self.__dict__.update(own, _target=target)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._target, name)
+
+
+def _cpu_tensor(*args: object, **kwargs: object) -> Tensor:
+    """`torch.tensor` whose result stays on the CPU when the library calls `.cuda()` on it."""
+    tensor = torch.tensor(*args, **kwargs)  # type: ignore[arg-type]
+    tensor.cuda = lambda *_, **__: tensor  # type: ignore[method-assign]
+    return tensor
+
+
+def _all_gather(
+    output_tensor: Tensor, input_tensor: Tensor, *, group: dist.ProcessGroup, **_: object
+) -> _Finished:
+    """Gather and block: coalesced asynchronous collectives on gloo end in SIGSEGV now and then."""
+    if group.size() == 1:
+        output_tensor.copy_(input_tensor)
+    else:  # of a list: gloo takes 1.3 times as long to gather into one tensor
+        parts = list(output_tensor.view(group.size(), -1).unbind())
+        dist.all_gather(parts, input_tensor, group=group)
+    return _Finished()
+
+
+def _reduce_scatter(output: Tensor, input: Tensor, *, op: object, group: dist.ProcessGroup) -> None:
+    """Exchange parts and add them up, in rank order: gloo's own takes twice as long."""
+    assert op == dist.ReduceOp.SUM, f"{op}: gradients are sums"
+    if group.size() > 1:
+        received = torch.empty_like(input)
+        dist.all_to_all_single(received, input, group=group)
+        torch.sum(received.view(group.size(), -1), dim=0, out=output)
+    elif output.data_ptr() != input.data_ptr():
+        output.copy_(input)
+
+
+def _all_reduce(tensor: Tensor, *, op: dist.ReduceOp, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+
+
+@contextlib.contextmanager
+def _no_coalescing(*_: object, **__: object) -> Iterator[_Finished]:
+    yield _Finished()
+
+
+def _install_cpu_shim() -> None:
+    """Give the library's modules a `torch` with CPU streams; `torch` itself stays as it is."""
+    cuda = _Forward(
+        torch.cuda,
+        Stream=_Finished,
+        Event=_Finished,
+        current_stream=_Finished,
+        stream=lambda _: contextlib.nullcontext(),
+        current_device=lambda: 0,
+        synchronize=lambda *_: None,
+        empty_cache=lambda: None,
+        is_available=lambda: False,
+    )
+    distributed = _Forward(
+        dist,
+        all_gather_into_tensor=_all_gather,
+        reduce_scatter_tensor=_reduce_scatter,
+        all_reduce=_all_reduce,
+    )
+    proxy = _Forward(torch, cuda=cuda, distributed=distributed, tensor=_cpu_tensor)
+    for name in ("megatron_fsdp", "param_and_grad_buffer", "uneven_dtensor", "utils"):
+        vars(importlib.import_module(f"megatron_fsdp.{name}"))["torch"] = proxy
+    buffers = importlib.import_module("megatron_fsdp.param_and_grad_buffer")
+    vars(buffers)["_coalescing_manager"] = _no_coalescing
+    # "using device cpu instead of the current device cuda:0": meant, and said once per rank.
+    logging.getLogger("megatron_fsdp.megatron_fsdp").setLevel(logging.ERROR)
+
+
+def strategy_name(strategy: str | int) -> str:
+    """Return the library's name of a ZeRO strategy given as 0..3 or by name."""
+    if isinstance(strategy, int) and 0 <= strategy < len(STRATEGIES):
+        return STRATEGIES[strategy]
+    if strategy in STRATEGIES:
+        return str(strategy)
+    raise ValueError(
+        f"config fsdp.zero_dp_strategy={strategy}: must be 0, 1, 2, 3 or one of "
+        f"{', '.join(STRATEGIES)}"
+    )
+
+
+def shard_model(
+    model: nn.Module,
+    meshes: Meshes,
+    *,
+    unit_types: list[type[nn.Module]],
+    strategy: str | int = 3,
+    outer_strategy: str = "no_shard",
+    compute_dtype: torch.dtype = torch.float32,
+) -> MegatronFSDP:
+    """Shard `model` over the meshes; parameters on the meta device are made by reset_parameters.
+
+    Main weights, gradients and their communication are fp32; the forward and backward run in
+    `compute_dtype`. A gradient is the sum over all ranks, so the loss of a rank must be divided
+    by the number of ranks (gloo has no pre-multiplied sum, and it is right for experts as well).
+    """
+    for name, parameter in model.named_parameters():
+        # The library asks the name in one place and the attribute in another.
+        is_expert = getattr(parameter, "allreduce", True) is False
+        assert is_expert == (".experts." in name), f"{name} is half an expert"
+    device = torch.device(meshes.dense.device_type)
+    if device.type == "cpu":
+        _install_cpu_shim()
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if is_meta and strategy_name(strategy) == "no_shard":
+        raise ValueError(
+            "config fsdp.zero_dp_strategy=no_shard: cannot start from the meta device (build the "
+            "model on the CPU, or use strategy 1, 2 or 3)"
+        )
+    hybrid: dict[str, object] = {}
+    if meshes.dp_outer > 1:
+        hybrid = {
+            "dp_outer_dim": "dp_outer",
+            "hybrid_fsdp_group": meshes.dense["dp_outer", "dp_shard"]._flatten().get_group(),
+            "hybrid_fsdp_expt_group": meshes.expert["dp_outer", "dp_shard"]._flatten().get_group(),
+        }
+    if not is_meta and compute_dtype != torch.float32:
+        for parameter in model.parameters():
+            init.keep_full_precision(parameter, parameter.detach().clone())
+    # None: the weights that the forward uses are the main weights, without a copy.
+    main_dtype = None if compute_dtype == torch.float32 else torch.float32
+    return fully_shard_model(
+        model.to(compute_dtype),
+        device_mesh=meshes.dense,
+        expt_device_mesh=meshes.expert,
+        dp_shard_dim="dp_shard",
+        # The library's name for the axis that splits a parameter beside sharding: ours is `ep`.
+        tp_dim="ep",
+        fsdp_unit_modules=unit_types,
+        zero_dp_strategy=strategy_name(strategy),
+        outer_dp_sharding_strategy=outer_strategy,
+        device=device,
+        init_model_with_meta_device=is_meta,
+        # A communication dtype other than the main gradients' doubles gradients in groups of one.
+        mixed_precision_policy=MixedPrecisionPolicy(main_dtype, torch.float32, torch.float32),
+        sync_model_each_microbatch=False,
+        calculate_per_token_loss=True,
+        # The hook gathers chunk metadata with hundreds of small collectives at each state_dict();
+        # `model_state` reuses what is known from sharding.
+        preproc_state_dict_for_dcp_ckpt=False,
+        **hybrid,
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter as this rank holds it.
+
+    `main` is the library's DTensor of the fp32 main weight, `local` this rank's rows of it as a
+    plain tensor on the same memory (possibly no rows), which the optimizer updates: on DTensors
+    the same update costs a dispatch of some 50 us for every operation and parameter.
+    `num_copies` is how many ranks of the world hold each element.
+    """
+
+    name: str
+    local: nn.Parameter
+    main: DTensor
+    num_copies: int
+
+    def full_slice(self) -> tuple[slice, ...]:
+        """Return where `local` lies in the full tensor."""
+        chunks = getattr(self.main._local_tensor, "__create_chunk_list__", None)
+        if chunks is None:  # not sharded at all
+            return tuple(slice(0, size) for size in self.main.shape)
+        offsets = chunks()[0].offsets
+        return tuple(
+            slice(offset, offset + size)
+            for offset, size in zip(offsets, self.local.shape, strict=True)
+        )
+
+
+def _num_sharded_ranks(tensor: DTensor) -> int:
+    """Return over how many ranks the elements of `tensor` are spread."""
+    count = 1
+    for axis, placement in enumerate(tensor.placements):
+        count *= 1 if placement.is_replicate() else tensor.device_mesh.size(axis)
+    return count
+
+
+def list_shards(model: MegatronFSDP, *, rename: Callable[[str], str]) -> list[Shard]:
+    """Return this rank's shard of every parameter, in model order. Collective.
+
+    `rename` maps a module's parameter name to the one that checkpoints and groups use.
+    """
+    model._replace_param_with_distributed_if_needed()
+    shards = []
+    for name, main in model.module.named_parameters():
+        if _num_sharded_ranks(main) > 1 and not hasattr(
+            main._local_tensor, "__create_chunk_list__"
+        ):
+            update_uneven_dtensor_chunk_metadata(main)
+        local = nn.Parameter(main._local_tensor.detach(), requires_grad=main.requires_grad)
+        local._megatron_fsdp_model = model  # type: ignore[attr-defined]  # fully_shard_optimizer
+        num_copies = dist.get_world_size() // _num_sharded_ranks(main)
+        shards.append(Shard(rename(name), local, main, num_copies))
+    return shards
+
+
+def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Let `optimizer`, built over `Shard.local` tensors, drive the sharded model's weights.
+
+    The library first takes a step with zero gradients to make the state tensors. That decays the
+    weights once and leaves Adam's step count at 1, so the first update would be 1.34 times too
+    small: lr and weight decay are 0 during that step and the counts are 0 after it.
+    """
+    kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, kept, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
+
+
+@contextlib.contextmanager
+def microbatch(model: MegatronFSDP, *, is_last: bool) -> Iterator[None]:
+    """Run the forward and backward of one microbatch; gradients are communicated in the last only.
+
+    Before the last, each rank adds its gradients up in `.grad` in fp32, unsharded (4 bytes per
+    parameter), with the library's reduction held back, which ZeRO 2 and 3 make in each.
+    """
+    model.is_last_microbatch = is_last
+    if is_last:
+        yield
+        return
+    model._replace_param_with_raw_if_needed()
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.skip_backward_post_hook = True  # type: ignore[attr-defined]
+        parameter.grad_dtype = torch.float32
+
+    def hold_back(_: nn.Module, __: object, output: Tensor) -> None:
+        # The library reduces at the end of backward what its hooks have not; the list of that is
+        # made when the gradient of the model's output arrives, and emptied here right after.
+        output.register_hook(lambda _: model._params_require_handle_grad.clear())
+
+    hook = model.register_forward_hook(hold_back)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter in parameters:
+            parameter.skip_backward_post_hook = False  # type: ignore[attr-defined]
+
+
+def finish_gradients(model: MegatronFSDP, shards: list[Shard]) -> None:
+    """Wait for the reduced gradients and give each shard its part. Call after the last backward."""
+    model.finish_grad_sync()
+    for shard in shards:
+        gradient = shard.main.grad
+        assert gradient is None or isinstance(gradient, DTensor), "Megatron-FSDP attaches DTensors"
+        shard.local.grad = None if gradient is None else gradient._local_tensor
+
+
+@torch.no_grad()
+def clip_gradients(shards: list[Shard], max_norm: float | None) -> Tensor:
+    """Scale the gradients to a global L2 norm of at most `max_norm`; return the norm before.
+
+    Equal to `torch.nn.utils.clip_grad_norm_` on the unsharded model, whatever the meshes: every
+    element counts once. Norms are taken in fp32; one all-reduce of a scalar, no host sync.
+    """
+    device = shards[0].local.device
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    gradients = []
+    for num_copies in sorted({shard.num_copies for shard in shards}):
+        group = [s.local.grad for s in shards if s.num_copies == num_copies]
+        present = [gradient for gradient in group if gradient is not None]
+        if present:
+            total += torch.nn.utils.get_total_norm(present).float().square() / num_copies
+        gradients += present
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    if max_norm is not None and gradients:
+        # 1e-6 as in torch, so that the scaled gradients are the same.
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Update the main weights and what the forward uses. Call after `finish_gradients`."""
+    optimizer.step(sync_grad_before_optimizer_step=False)  # type: ignore[call-overload]
+
+
+def _like_main(local: Tensor, main: DTensor) -> DTensor:
+    """Return `local` as a DTensor with the layout and the checkpoint chunks of `main`."""
+    tensor = DTensor.from_local(
+        local, main.device_mesh, main.placements, shape=main.shape, stride=main.stride()
+    )
+    for name in ("__create_chunk_list__", "__create_write_items__"):
+        if hasattr(main._local_tensor, name):
+            setattr(tensor._local_tensor, name, getattr(main._local_tensor, name))
+    return tensor
+
+
+def model_state(shards: list[Shard]) -> dict[str, Tensor]:
+    """Return the main weights by name, as DTensors on the training memory."""
+    return state_like_model(shards, [shard.local.detach() for shard in shards])
+
+
+def state_like_model(shards: list[Shard], values: list[Tensor]) -> dict[str, Tensor]:
+    """Return `values`, one per shard and shaped like it, by name as DTensors on their memory."""
+    pairs = zip(shards, values, strict=True)
+    return {shard.name: _like_main(value, shard.main) for shard, value in pairs}
+
+
+def optimizer_state(
+    shards: list[Shard], optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizer's state by parameter name, as DTensors on the training memory."""
+    return {
+        shard.name: {
+            key: _like_main(value, shard.main) if value.ndim else value
+            for key, value in optimizer.state[shard.local].items()
+        }
+        for shard in shards
+        if shard.local in optimizer.state
+    }
+
+
+@torch.no_grad()
+def load_full(shards: list[Shard], tensors: Mapping[str, Tensor]) -> None:
+    """Copy each rank's part of full tensors, by name, into the main weights."""
+    for shard in shards:
+        shard.local.copy_(tensors[shard.name][shard.full_slice()])
+
+
+def install_weights(model: MegatronFSDP) -> None:
+    """Make the forward use the main weights after they were written to from outside."""
+    # What an evaluation gathered outside of the blocks would be used again as it was.
+    model.synchronize_param_gather()
+    model.install_optimized_model_weights()

@@ -1,0 +1,1 @@
+"""Which expert a token goes to, and what uneven use of the experts costs."""

@@ -1,0 +1,179 @@
+"""Parameter groups, learning rate as a function of the step, the optimizers, averaged weights.
+
+The learning rate of a step depends on the step alone, so a resumed run needs no scheduler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from training.lamb import Lamb, SumOverRanks
+
+# Parameters that are positions or tokens, not linear maps; matched by the last part of the name.
+NO_DECAY_NAMES = ("cls_token", "reg_token", "pos_embed", "dist_token")
+BIAS_NAMES = ("bias", "b_in", "b_out")  # experts' biases are 2-D, one row per expert
+OPTIMIZERS = ("adamw", "sgd", "lamb")
+STEM_NAMES = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed", "norm_pre")
+
+
+class ParameterGroup(TypedDict):
+    """One optimizer group; `lr` is set before every step, to `lr_scale` of the run's."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+    lr: float
+    lr_scale: float
+
+
+def has_decay(name: str, num_dims: int) -> bool:
+    """Return whether weight decay applies: not to norms, biases, tokens and position embeddings.
+
+    Source: the rule of timm's `param_groups_weight_decay` with ViT's `no_weight_decay` list.
+    """
+    last = name.rsplit(".", 1)[-1]
+    return num_dims > 1 and last not in (*BIAS_NAMES, *NO_DECAY_NAMES)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Return the layer of a parameter: 0 the stem, 1..depth the blocks, depth + 1 the head.
+
+    The final norm belongs to the last block, unless it comes after the pool.
+    Source: `VisionTransformer.group_matcher` of timm.
+    """
+    first, _, rest = name.partition(".")
+    if first in STEM_NAMES:
+        return 0
+    if first == "blocks":
+        return 1 + int(rest.partition(".")[0])
+    return depth if first == "norm" else depth + 1
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    depth: int = 0,
+) -> list[ParameterGroup]:
+    """Split trainable parameters into groups of one weight decay and one scale of the lr.
+
+    With `layer_decay` each layer of a network of `depth` blocks has that share of the learning
+    rate of the layer above it; see `layer_of`. Source: BEiT (arXiv:2106.08254), appendix H.
+    """
+    groups: dict[tuple[bool, float], ParameterGroup] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            is_decayed = has_decay(name, parameter.ndim)
+            below = 0 if layer_decay is None else depth + 1 - layer_of(name, depth)
+            scale = 1.0 if layer_decay is None else layer_decay**below
+            group = ParameterGroup(
+                params=[], weight_decay=weight_decay if is_decayed else 0.0, lr=0.0, lr_scale=scale
+            )
+            groups.setdefault((not is_decayed, scale), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def build_optimizer(
+    name: str,
+    groups: list[ParameterGroup],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float,
+    sum_over_ranks: SumOverRanks | None = None,
+) -> torch.optim.Optimizer:
+    """Return the optimizer `name` over `groups`, AdamW and SGD in PyTorch's fused form.
+
+    LAMB needs to know how to sum over the ranks that parameters are shared out to.
+
+    Raises:
+        ValueError: `name` is not one of OPTIMIZERS.
+    """
+    settings = [dict(group) for group in groups]
+    if name == "adamw":
+        return torch.optim.AdamW(settings, lr=0.0, betas=betas, eps=eps, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(settings, lr=0.0, momentum=momentum, fused=True)
+    if name == "lamb":
+        assert sum_over_ranks is not None, "norms of a rank's rows would be silently wrong"
+        return Lamb(settings, betas=betas, eps=eps, sum_over_ranks=sum_over_ranks)
+    raise ValueError(f"config optimizer.name={name}: must be one of {', '.join(OPTIMIZERS)}")
+
+
+def lr_at(
+    step: int,
+    *,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    num_steps: int,
+    warmup_lr: float | None = None,
+    is_cosine_after_warmup: bool = True,
+) -> float:
+    """Return the learning rate of update `step` (from 0): linear warm-up, then a cosine.
+
+    Update `warmup_steps` has the peak, and the last one is one cosine step above `final`, which
+    update `num_steps` would reach. The warm-up begins at `warmup_lr`; without one the first update
+    already learns (peak / warmup_steps). A cosine that is not after the warm-up began at update 0,
+    as if there were none, and is below the peak where the warm-up ends.
+    Source: SGDR (arXiv:1608.03983), equation 5, one period; timm's `CosineLRScheduler`.
+    """
+    if step < warmup_steps:
+        if warmup_lr is None:
+            return peak * (step + 1) / warmup_steps
+        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
+    start = warmup_steps if is_cosine_after_warmup else 0
+    progress = (step - start) / max(1, num_steps - start)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def step_of_epoch(step: int, *, epoch_steps: int) -> int:
+    """Return the update whose learning rate a schedule by epochs gives to update `step`.
+
+    It is set after an epoch to that epoch's, counted from 0: so that epochs 0 and 1 have the same.
+    Source: the training loop of DeiT, and of Deep Incubation.
+    """
+    return max(0, step // epoch_steps - 1) * epoch_steps
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+class Ema:
+    """Exponential moving average of tensors, fp32, beginning at their values.
+
+    average = decay * average + (1 - decay) * tensor at every `update`. Elementwise, so shards are
+    averaged where they are.
+    """
+
+    def __init__(self, tensors: list[Tensor], *, decay: float) -> None:
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self.average = [tensor.clone() for tensor in self.tensors]
+        self.decay = decay
+
+    def update(self) -> None:
+        """Take the tensors' present values into the average."""
+        torch._foreach_lerp_(self.average, self.tensors, 1 - self.decay)
+
+    def _swap(self) -> None:
+        kept = [tensor.clone() for tensor in self.tensors]
+        torch._foreach_copy_(self.tensors, self.average)
+        torch._foreach_copy_(self.average, kept)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Give the tensors their averages' values, and their own back at the end."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()

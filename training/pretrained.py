@@ -1,0 +1,277 @@
+"""Begin a run with weights from elsewhere: read once, share, install, and say what came from where.
+
+    file, folder or model of timm -> rank 0 reads -> all ranks have it -> warm_start.initial_weights
+        -> each rank's part of the main weights and of their average -> init.txt, log.jsonl
+
+A resumed run has its weights in its checkpoint and reads nothing here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+from options.schema import Config
+from parallel import sharding
+from routers import router as routers
+from training.logbook import Logbook
+from training.prepare import Run
+from vit import VisionTransformer
+from weights import formats, warm_start
+from weights.dcp_writer import outcome_of, tell_all
+from weights.formats import MtlFile, Weights
+from weights.provenance import LOADED, Initial
+from weights.sources import Choice, Source, other_classes, read_source
+from weights.upcycling import ExpertFacts, Plan
+from weights.warm_start import Target
+
+TABLE, HEAD = "init.txt", "head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Weights by our names, where they are from, and what is known of their model."""
+
+    weights: Weights
+    origin: str
+    num_heads: int | None
+    grid_hw: tuple[int, int] | None
+    classes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What a run began with; `origin` and `num_heads` are of the checkpoint, if there was one.
+
+    `other_classes` says where its head, which is used, has classes of other ids.
+    """
+
+    mode: str
+    initial: Initial
+    origin: str | None = None
+    num_heads: int | None = None
+    other_classes: str | None = None
+
+
+def _pair(value: object) -> tuple[int, int] | None:
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    height, width = sides
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+def _grid(img_size: object, patch_size: object) -> tuple[int, int] | None:
+    """Return the patches down and across, if both sizes are known."""
+    image, patch = _pair(img_size), _pair(patch_size)
+    if image is None or patch is None:
+        return None
+    return image[0] // patch[0], image[1] // patch[1]
+
+
+def _options(source: Source) -> Mapping[str, object]:
+    """Return what is known of the options of the network, by timm's names."""
+    model = source.config.get("model")
+    vit = model.get("vit") if isinstance(model, Mapping) else None
+    if isinstance(vit, Mapping):
+        return vit
+    return source.content.meta if isinstance(source.content, MtlFile) else {}
+
+
+def _read_source(path: Path) -> tuple[Source, Weights]:
+    """Read whatever is at `path`; return apart what a distilled model of M3ViT has besides."""
+    source = read_source(path, Choice())
+    if not isinstance(source.content, MtlFile):
+        return source, {}
+    encoder, second = warm_start.split_distillation(source.content.weights)
+    return dataclasses.replace(
+        source, content=dataclasses.replace(source.content, weights=encoder)
+    ), second
+
+
+def _from_timm(name: str) -> Pretrained:
+    """Download one of timm's models, or take it from its cache."""
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"config init.checkpoint={name}: no such file, and timm cannot load weights of that "
+            f"name: {reason}"
+        ) from error
+    if not isinstance(model, TimmVisionTransformer):
+        raise ValueError(f"config init.checkpoint={name}: is no ViT: {type(model).__name__}")
+    bare, second = warm_start.split_distillation(model.state_dict())
+    weights = {**formats.from_timm(bare), **second}
+    attention = model.blocks[0].attn
+    return Pretrained(weights, f"timm {name}", attention.num_heads, model.patch_embed.grid_size)
+
+
+def read(checkpoint: str) -> Pretrained:
+    """Read a file or folder, or a model of timm where there is none of that name.
+
+    Raises:
+        FileNotFoundError: There is neither.
+        ValueError: It cannot be read, or holds the weights of something else.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        source, second = _read_source(path)
+        source.print_notes()
+        options = _options(source)
+        heads = options.get("num_heads")
+        return Pretrained(
+            {**source.weights(), **second},
+            source.origin,
+            heads if isinstance(heads, int) else None,
+            _grid(options.get("img_size"), options.get("patch_size")),
+            source.classes,
+        )
+    if timm.is_model(checkpoint):
+        return _from_timm(checkpoint)
+    raise FileNotFoundError(
+        f"config init.checkpoint={checkpoint}: no such file or folder, and no model of timm"
+    )
+
+
+def read_on_main(checkpoint: str, *, is_main: bool) -> Pretrained:
+    """Read on rank 0 and return it on every rank, in fp32 on the CPU. Collective.
+
+    Raises:
+        OSError: On every rank, if rank 0 cannot read it.
+        ValueError: The same.
+    """
+    found = outcome_of(read, checkpoint) if is_main else None
+    about: Pretrained | Exception | None = found
+    if isinstance(found, Pretrained):
+        shapes = {name: tensor.to("meta") for name, tensor in found.weights.items()}
+        about = dataclasses.replace(found, weights=shapes)
+    known = tell_all(about)
+    assert known is not None, "rank 0 has read it"
+    weights: Weights = {}
+    for name, shape in known.weights.items():
+        own = found.weights[name] if isinstance(found, Pretrained) else torch.empty(shape.shape)
+        weights[name] = own.to(torch.float32).contiguous()
+        dist.broadcast(weights[name], src=0)
+    return dataclasses.replace(known, weights=weights)
+
+
+def _expert_facts(config: Config) -> ExpertFacts | None:
+    o = config.model.moe
+    if not o.num_experts:
+        return None
+    return ExpertFacts(
+        num_experts=o.num_experts,
+        top_k=o.top_k,
+        activation=o.activation,
+        router=o.router,
+        is_normalized=routers.NORMALIZES[o.router] if o.normalize is None else o.normalize,
+        is_noisy=o.router in ("noisy", "noisy_topk") or o.expert_drop > 0,
+        drops_rows=o.capacity_factor is not None,
+    )
+
+
+def _target(run: Run) -> Target:
+    vit = run.model.get_submodule("module")
+    assert isinstance(vit, VisionTransformer), "what prepare.prepare has wrapped"
+    return Target(
+        shapes={shard.name: shard.main.shape for shard in run.shards},
+        grid_hw=vit.options.grid_hw,
+        num_pos_prefix=vit.options.num_pos_prefix,
+        seed=run.config.training.seed,
+        experts=_expert_facts(run.config),
+    )
+
+
+@torch.no_grad()
+def _install(run: Run, initial: Initial, *, origin: str) -> None:
+    """Write the new values into this rank's main weights; the average begins with them too."""
+    values = initial.values
+    for shard in run.shards:
+        if shard.name in values:
+            value = values[shard.name]()
+            if value.shape != shard.main.shape:
+                raise ValueError(
+                    f"{origin}: {shard.name} would be {tuple(value.shape)}, must be "
+                    f"{tuple(shard.main.shape)}"
+                )
+            sharding.load_full([shard], {shard.name: value})
+    sharding.install_weights(run.model)
+    if run.ema is not None:
+        torch._foreach_copy_(run.ema.average, run.ema.tensors)
+
+
+def begin(run: Run) -> Beginning:
+    """Give a new run the initial weights that its options ask for. Collective.
+
+    Raises:
+        OSError: On every rank, if the checkpoint cannot be read.
+        ValueError: The same, or it does not fit the model.
+    """
+    o, target = run.config.init, _target(run)
+    if o.checkpoint is None:
+        plan = Plan(mode="scratch")
+        return Beginning(
+            "scratch", warm_start.initial_weights({}, target=target, plan=plan, origin="")
+        )
+    found = read_on_main(o.checkpoint, is_main=run.world.is_main)
+    num_heads, origin = run.config.model.vit.num_heads, f"config init.checkpoint={o.checkpoint}"
+    if found.num_heads not in (None, num_heads):
+        raise ValueError(
+            f"config model.vit.num_heads={num_heads}: must be {found.num_heads}, as in "
+            f"{found.origin} (shapes do not show it)"
+        )
+    has_experts = target.experts is not None
+    mode = warm_start.resolve_mode(o.mode, source=found.weights, has_experts=has_experts)
+    weights = found.weights
+    if "dist_token" not in target.shapes:
+        weights = warm_start.without_distillation(weights)
+    initial = warm_start.initial_weights(
+        weights,
+        target=target,
+        plan=Plan(mode=mode, experts=o.experts, gate=o.gate, gate_std=o.gate_std),
+        origin=origin,
+        source_grid_hw=found.grid_hw,
+    )
+    _install(run, initial, origin=origin)
+    left_out = [*initial.left_out, *(name for name in found.weights if name not in weights)]
+    initial = dataclasses.replace(initial, left_out=left_out)
+    has_head = any(entry.name == HEAD and entry.origin == LOADED for entry in initial.entries)
+    others = other_classes(found.classes, run.train_index.classes) if has_head else None
+    return Beginning(mode, initial, found.origin, found.num_heads, others)
+
+
+def note(run: Run, logbook: Logbook, beginning: Beginning | None) -> None:
+    """Log what the run began with and write init.txt; None: it was resumed. Rank 0 writes."""
+    if beginning is None:
+        if run.config.init.checkpoint is not None:
+            logbook.event("init", ignored=run.config.init.checkpoint, why="the run is resumed")
+        return
+    if run.world.is_main:
+        staged = run.folder / f".{TABLE}.staging"
+        head = [f"mode: {beginning.mode}", f"checkpoint: {beginning.origin}", ""]
+        staged.write_text("\n".join([*head, *beginning.initial.lines()]) + "\n")
+        staged.replace(run.folder / TABLE)
+    if beginning.origin is None:  # the line of the run says so
+        return
+    width = run.config.model.vit.embed_dim // run.config.model.vit.num_heads
+    logbook.event(
+        "init",
+        mode=beginning.mode,
+        asked=run.config.init.mode,
+        checkpoint=beginning.origin,
+        experts=beginning.initial.effect,
+        num_heads=beginning.num_heads
+        or f"unknown of the checkpoint; {width} wide here, 64 in DeiT",
+        table=str(run.folder / TABLE),
+    )
+    for origin, names in beginning.initial.by_origin().items():
+        logbook.event("init_tensors", origin=origin, names=names)
+    if beginning.other_classes:
+        logbook.event("init_classes", note=beginning.other_classes)
+    if beginning.initial.left_out:
+        logbook.event("init_not_used", names=beginning.initial.left_out)

@@ -1,0 +1,220 @@
+"""What a run saves besides its tensors, and what a checkpoint must agree with to continue it.
+
+Run -> facts -> <run folder>/step_<n>_loss_<x>/state.json
+<run folder> -> resume -> Start
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+import checkpoint
+from images import index as image_index
+from options import compose
+from parallel import sharding
+from training import run_folder
+from training.logbook import Logbook, versions
+from training.prepare import Run
+from weights import dcp_writer
+from weights import sources as weight_sources
+
+# What decides which images an update has, and how often each. Not the rank's batch, the workers or
+# the decoder: the same images come in another arrangement, or with the same pixels
+# (of damaged files those that are broken below the crop are bad for one decoder alone).
+ORDER = (
+    "global_batch",
+    "seed",
+    "train_images",
+    "dataset_sha256",
+    "config.dataset.train.repeats",
+)
+# What a network computes and no name or shape of its weights tells.
+NETWORK = ("config.model.vit.num_heads", "config.model.vit.global_pool")
+DEFAULTS = {"config.dataset.train.repeats": 1}
+
+
+def facts(
+    run: Run, *, step: int, figures: Mapping[str, float], is_stop: bool = False
+) -> dict[str, object]:
+    """Return the JSON state of a checkpoint: all that resuming needs besides the tensors.
+
+    `is_stop`: the run was asked to stop there and is to go on from there.
+    """
+    return {
+        "step": step,
+        "stopped": is_stop,
+        "images_seen": step * run.global_batch,
+        "global_batch": run.global_batch,
+        "seed": run.config.training.seed,
+        "train_images": len(run.train_index.paths),
+        "dataset_sha256": image_index.digest(run.train_index),
+        "classes": list(run.train_index.classes),
+        "bad_images": sorted(run.bad_images),
+        "world_size": run.world.size,
+        "metrics": dict(figures),
+        "config": dataclasses.asdict(run.config),
+        "versions": versions(),
+    }
+
+
+def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+
+
+def _check_same(run: Run, found: checkpoint.Checkpoint, *, old: object, new: object) -> None:
+    """Raise ValueError if the images of an update, or what the weights compute, would be others."""
+    data, train = run.config.dataset.train, run.config.training
+    made_of = {
+        "global_batch": f" (batch_size {data.batch_size} x grad_accum_steps "
+        f"{train.grad_accum_steps} x {run.world.size} ranks; any that multiply to the same will do)"
+    }
+    had, has = dict(_flatten(old)), dict(_flatten(new))
+    classes = found.state.get("classes")
+    known = classes if isinstance(classes, list) else []
+    others = weight_sources.other_classes(known, run.train_index.classes)
+    made_of["dataset_sha256"] = f" ({others or 'names or labels of images are others'})"
+    for name in (*ORDER, *NETWORK):
+        # What a checkpoint of before an option does not have was its default.
+        before = had.get(name, DEFAULTS.get(name))
+        if before != has[name]:
+            raise ValueError(
+                f"resume {found.folder}: {name.removeprefix('config.')}={has[name]}, the "
+                f"checkpoint has {before}{made_of.get(name, '')}; use the same, or another "
+                "training.checkpoint.path"
+            )
+
+
+def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
+    """Return the options that changed since `found` was saved.
+
+    Raises:
+        ValueError: The order of images, or the network, would change, so the run could not go on.
+    """
+    now = facts(run, step=found.step, figures={})
+    _check_same(run, found, old=found.state, new=now)
+    decay = run.config.training.ema_decay
+    had_decay = dict(_flatten(found.state["config"])).get("training.ema_decay")
+    if (decay is None) != (had_decay is None):
+        raise ValueError(
+            f"config training.ema_decay={decay}: {found.folder} was saved with {had_decay}; an "
+            "average of the weights begins with the run (use another training.checkpoint.path)"
+        )
+    if found.step > run.config.training.steps:
+        raise ValueError(
+            f"config training.steps={run.config.training.steps}: must be at least {found.step}, "
+            f"the steps done in {found.folder}"
+        )
+    old = dict(_flatten(found.state["config"]))
+    new = dict(_flatten(json.loads(json.dumps(now["config"]))))
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts: from nothing, or from a checkpoint; and what was passed over."""
+
+    found: checkpoint.Checkpoint | None
+    rejected: Mapping[Path, str]
+    changed: list[str]
+    superseded: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """The first update to make."""
+        return 0 if self.found is None else self.found.step
+
+
+def _pick(run: Run) -> tuple[checkpoint.Checkpoint | None, Mapping[Path, str]]:
+    """Return the checkpoint to go on from, and why others cannot be. Collective.
+
+    That is the newest, unless `resume_from_metric` says the best: a run that was only stopped, or
+    is complete, goes on from its newest all the same.
+    """
+    newest, rejected = checkpoint.find_newest(run.folder)
+    metric = checkpoint.figure_name(run.config.training.checkpoint.resume_from_metric)
+    is_over = newest is None or newest.step >= run.config.training.steps
+    if metric is None or newest is None or is_over or newest.state.get("stopped"):
+        return newest, rejected
+    return checkpoint.find_newest(run.folder, metric=metric)
+
+
+def resume(run: Run) -> Start:
+    """Load the newest or best complete checkpoint of the run folder, if any. Collective."""
+    found, rejected = _pick(run)
+    if found is None:
+        return Start(None, rejected, [])
+    changed = check_resumable(run, found)
+    run.bad_images.update(_bad_images(found))
+    data = run.config.dataset
+    if data.on_error == "skip" and len(run.bad_images) > data.max_bad:
+        raise ValueError(
+            f"config dataset.max_bad={data.max_bad}: the run has met {len(run.bad_images)} images "
+            f"that cannot be used by {found.folder} (it must be at least that)"
+        )
+    superseded = run_folder.supersede(run.folder, found.folder, apart_from=rejected)
+    checkpoint.load(found, run.tensors())
+    sharding.install_weights(run.model)
+    return Start(found, rejected, changed, superseded)
+
+
+def _bad_images(found: checkpoint.Checkpoint) -> list[int]:
+    """Return the unreadable images that the run had met, none where they were not saved yet."""
+    images = found.state.get("bad_images", [])
+    if not (isinstance(images, list) and all(isinstance(image, int) for image in images)):
+        raise ValueError(f"resume {found.folder}: bad_images={images}: must be a list of numbers")
+    return images
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    staged = path.with_name(f".{path.name}.staging")
+    staged.write_text(text)
+    staged.replace(path)
+
+
+def open_folder(run: Run) -> None:
+    """Check that the run can save and write what identifies it. Rank 0 writes, the others wait.
+
+    Raises:
+        OSError: On every rank, if checkpoints could not be saved.
+    """
+    run_folder.check_writable(run.folder, dcp_writer.num_bytes(run.tensors()))
+    if run.world.is_main:
+        _write_whole(run.folder / "config.yaml", compose.to_yaml(run.config))
+        _write_whole(run.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    dist.barrier()
+
+
+def open_logbook(run: Run, start: Start) -> Logbook:
+    """Return the run's log, which goes on where it was."""
+    t = run.config.training
+    return Logbook(
+        run.folder,
+        is_main=run.world.is_main,
+        step=start.step,
+        num_steps=t.steps,
+        tensorboard=t.tensorboard,
+        wandb_project=t.wandb.project,
+        wandb_mode=t.wandb.mode,
+        options=dataclasses.asdict(run.config),
+    )
+
+
+def note_start(logbook: Logbook, start: Start) -> None:
+    """Log what was resumed from, with which changes, and what was passed over."""
+    for path, reason in start.rejected.items():
+        logbook.event("rejected", folder=str(path), reason=reason)
+    for name in start.superseded:
+        logbook.event("superseded", now=name)
+    if start.found is not None:
+        where = str(start.found.folder)
+        logbook.event("resumed", step=start.step, folder=where, changed=start.changed)

@@ -1,0 +1,250 @@
+"""A run's folder: one run at a time in it, room for what it will save, which saves are kept.
+
+    <run folder>/  .lock  .staging-<n>-<id>/  .trash-<id>/  step_<n>_loss_<x>/ ...
+
+Rank 0 acts; what it finds out holds for every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+import checkpoint
+from weights import dcp_writer
+from weights.dcp_reader import untrusted_reason
+from weights.dcp_writer import STAGING
+
+LOCK = ".lock"
+TRASH = re.compile(r"\.trash-[0-9a-f]{32}")
+# A save is staged beside what it will replace.
+COPIES_IN_FLIGHT = 2
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
+
+
+def _try_lock(folder: Path) -> int:
+    """Return the descriptor that holds the lock of `folder`.
+
+    A record lock: it ends with this process, however that ends, and is not inherited by loader
+    processes, which can outlive it by seconds.
+    """
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have deleted it in between; that lock would protect nothing.
+            if _same_file(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise BlockingIOError(f"folder {folder}: in use by {holder} ({path})") from error
+        except OSError as error:
+            os.close(descriptor)
+            raise OSError(f"folder {folder}: cannot be locked ({path}): {error}") from error
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made if it is missing. Collective.
+
+    Two runs in one folder would sweep each other's staging folders and take turns to resume from
+    each other's checkpoints.
+
+    Raises:
+        OSError: On every rank, if another process has it, which is named, or it cannot be made.
+    """
+
+    def take() -> int:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"config training.checkpoint.path={folder}: cannot be made: {error}"
+            ) from error
+        return _try_lock(folder)
+
+    is_new = not folder.exists()
+    held = dcp_writer.outcome_of(take) if dist.get_rank() == 0 else None
+    dcp_writer.tell_all(held)
+    try:
+        yield
+    finally:
+        if isinstance(held, int):
+            with contextlib.suppress(OSError):  # a folder that is gone needs no lock
+                (folder / LOCK).unlink()
+            os.close(held)
+            if is_new:
+                with contextlib.suppress(OSError):  # it stays, unless nothing came of the run
+                    folder.rmdir()
+
+
+def _trash(root: Path) -> Path:
+    return root / f".trash-{uuid.uuid4().hex}"
+
+
+def _probe(folder: Path, num_bytes: int) -> Path:
+    """Do in small what a save does; return the probe file."""
+    staged = folder / f".staging-0-{uuid.uuid4().hex}"
+    needed, free = COPIES_IN_FLIGHT * num_bytes, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"folder {folder}: {free / 2**30:.2f} GiB free, {COPIES_IN_FLIGHT} checkpoints need "
+            f"{needed / 2**30:.2f} GiB (free some, or set training.checkpoint.path elsewhere)"
+        )
+    try:
+        staged.mkdir()
+        probe = staged / "probe"
+        probe.write_bytes(b"0" * 4096)
+        dcp_writer.fsync(probe)
+        dcp_writer.fsync(staged)
+        renamed = staged.rename(_trash(folder))
+        dcp_writer.fsync(folder)
+    except OSError as error:
+        raise OSError(f"folder {folder}: cannot save there: {error}") from error
+    for path in (renamed, renamed / "probe"):
+        if reason := untrusted_reason(path):
+            raise OSError(f"folder {folder}: what is made there {reason}; no run could resume it")
+    return renamed / "probe"
+
+
+def check_writable(folder: Path, num_bytes: int) -> None:
+    """Find out before the first step whether a checkpoint of `num_bytes` can be saved. Collective.
+
+    Raises:
+        OSError: On every rank: no room, not writable, not shared by all ranks, or what is made
+            there would be refused on resume.
+    """
+    made = dcp_writer.outcome_of(_probe, folder, num_bytes) if dist.get_rank() == 0 else None
+    probe = dcp_writer.tell_all(made)
+    assert isinstance(probe, Path), "rank 0 has made it"
+    blind = [rank for rank, sees in enumerate(dcp_writer.exchange(probe.exists())) if not sees]
+    if dist.get_rank() == 0:
+        shutil.rmtree(probe.parent, ignore_errors=True)
+    if blind:
+        raise OSError(f"folder {folder}: ranks {blind} do not see the files of rank 0 there")
+
+
+def supersede(root: Path, folder: Path, *, apart_from: Collection[Path]) -> list[str]:
+    """Rename the checkpoints newer than `folder`, which the run goes on from. Collective.
+
+    They are of a past that will not be: left under their names, the next start would take them for
+    the newest. Returns the new names; nobody deletes them, and damaged ones (`apart_from`) stay.
+
+    Raises:
+        OSError: On every rank, if one cannot be renamed.
+    """
+
+    def rename() -> list[str]:
+        folders = checkpoint.candidates(root)
+        newer = [path for path in folders[: folders.index(folder)] if path not in apart_from]
+        return [path.rename(_unused(path)).name for path in newer]
+
+    names = dcp_writer.outcome_of(rename) if dist.get_rank() == 0 else None
+    told = dcp_writer.tell_all(names)
+    assert isinstance(told, list), "rank 0 has renamed them"
+    return told
+
+
+def _unused(path: Path) -> Path:
+    attempt, name = 1, path.with_name(f"superseded_{path.name}")
+    while os.path.lexists(name):
+        attempt += 1
+        name = path.with_name(f"superseded_{path.name}_{attempt}")
+    return name
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep has deleted, and why it could not delete the rest."""
+
+    deleted: list[Path]
+    failed: dict[Path, str]
+
+
+def _surplus(
+    root: Path, *, known: Collection[Path], keep_last: int, keep_best: int, metric: str
+) -> list[Path]:
+    """Return the checkpoints that neither being new nor being good keeps.
+
+    Only `known` ones, verified or written by this run, count; others go when as many known ones
+    are newer and as many better. So nothing has to be read for it.
+    """
+    folders = checkpoint.candidates(root)
+    scores = {folder: checkpoint.score(folder, metric) for folder in folders}
+    last = [folder for folder in folders if folder in known][:keep_last]
+    if len(last) < keep_last:
+        return []
+    older = folders[folders.index(last[-1]) + 1 :]
+    best = [folder for folder in folders if folder in known and scores[folder] > -math.inf]
+    best = sorted(best, key=lambda folder: scores[folder], reverse=True)[:keep_best]
+    if keep_best == 0:
+        bar = math.inf
+    else:
+        bar = scores[best[-1]] if len(best) == keep_best else -math.inf
+    return [folder for folder in older if folder not in best and not scores[folder] > bar]
+
+
+def _try(function: Callable[[Path], object], path: Path) -> str | None:
+    """Return why a deletion failed, None if it did not."""
+    try:
+        function(path)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def sweep(
+    root: Path,
+    *,
+    known: Collection[Path],
+    protected: Collection[Path],
+    keep_last: int,
+    keep_best: int,
+    metric: str,
+) -> Swept:
+    """Delete old checkpoints and what unfinished saves left behind. Rank 0 only.
+
+    Kept are the newest `keep_last` and the best `keep_best` of the `known` by `metric` ("+name" or
+    "-name"), and all `protected`: what was resumed from or just saved, and what was refused on
+    resume, since a person may want to look at it. No save may be under way in `root`.
+    """
+    deleted, failed = [], {}
+    try:
+        for folder in _surplus(
+            root, known=known, keep_last=keep_last, keep_best=keep_best, metric=metric
+        ):
+            # Renamed first: half a checkpoint must not lie under a checkpoint's name.
+            if folder not in protected and (reason := _try(folder.rename, _trash(root))):
+                failed[folder] = reason
+            elif folder not in protected:
+                deleted.append(folder)
+        for path in root.iterdir():
+            is_litter = STAGING.fullmatch(path.name) or TRASH.fullmatch(path.name)
+            if is_litter and (reason := _try(shutil.rmtree, path)):
+                failed[path] = reason
+    except OSError as error:  # the folder itself cannot be listed
+        failed[root] = str(error)
+    return Swept(deleted, failed)

@@ -1,0 +1,365 @@
+"""Saves while training goes on: copy to shared memory now, write in another process, commit later.
+
+    begin: tensors -> staging copy (shared memory) -> worker process of this rank: check, write
+    poll:  all have written -> worker of rank 0: commit, sweep -> all know the folder
+
+The collectives stay in the trainers, so a worker can die at any moment: that save is lost, the next
+one has a new worker. A worker ends at once when its trainer does. Stock DCP's worker process, once
+killed, fails every later save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import mmap
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from parallel.distributed import from_main
+from parallel.launch import module_environment
+from training.run_folder import Swept
+from weights import dcp_writer
+from weights.dcp_writer import Json, Plan, Source, Target, TensorTree, Written
+
+_ALIGNMENT_BYTES = 64
+_POLL_S = 0.005
+_END_S = 5.0
+_PR_SET_PDEATHSIG = 1
+Retention = Callable[[Path], Swept]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the shared memory the tensor of a planned item is."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A finished save and what retention did after it."""
+
+    folder: Path
+    swept: Swept
+
+
+def _map_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
+    # Populated: pages that come into being at the first copy would make it three times as slow.
+    return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+
+
+def _view(memory: mmap.mmap, place: Place) -> Tensor:
+    count = place.shape.numel()
+    if count == 0:
+        return torch.empty(place.shape, dtype=place.dtype)
+    flat = torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset)
+    return flat.view(place.shape)
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """The source of a worker: tensors in shared memory."""
+
+    memory: mmap.mmap
+    places: dict[object, Place]
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return _view(self.memory, self.places[write_item.index])
+
+
+def _write(
+    memory: mmap.mmap, staging: Path, plan: SavePlan, places: dict[object, Place]
+) -> Written:
+    return dcp_writer.write(staging, plan, _Staged(memory, places))
+
+
+def _commit(
+    _: mmap.mmap,
+    target: Target,
+    metadata: Metadata,
+    written: list[Written],
+    retention: Retention,
+) -> Committed:
+    folder = dcp_writer.commit(target, metadata, written)
+    return Committed(folder, retention(folder))
+
+
+def work(pipe: int, memory: int, num_bytes: int) -> None:
+    """Do what comes through the pipe until the trainer is gone; the main of a worker process."""
+    # What asks the trainer to save and stop must not cost the save.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # The end of the pipe says it too, but loader processes have inherited the other side.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.nice(5)
+    torch.set_num_threads(1)
+    connection = Connection(pipe)
+    shared = _map_memory(memory, num_bytes)
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+
+    def listen() -> None:
+        while True:
+            try:
+                jobs.put(connection.recv_bytes())
+            except (EOFError, OSError):
+                os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    connection.send(None)
+    while True:
+        function, arguments = pickle.loads(jobs.get())  # noqa: S301  # from the trainer
+        connection.send(dcp_writer.outcome_of(function, shared, *arguments))
+
+
+class Worker:
+    """A process of this rank that shares `num_bytes` of memory with it and does one job at a time.
+
+    It is a new interpreter, not a fork: it must have neither the trainer's CUDA context nor the
+    locks of its threads. It takes seconds to start, during which training goes on.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = max(num_bytes, mmap.PAGESIZE)
+        self._descriptor = os.memfd_create("checkpoint")
+        os.ftruncate(self._descriptor, self.num_bytes)
+        self.memory = _map_memory(self._descriptor, self.num_bytes)
+        self.is_busy = False
+        self._start()
+
+    def _start(self) -> None:
+        self._connection, theirs = Pipe()
+        arguments = [str(theirs.fileno()), str(self._descriptor), str(self.num_bytes)]
+        self.process = subprocess.Popen(  # noqa: S603  # this very module
+            [sys.executable, "-m", "weights.background", *arguments],
+            env=module_environment(),
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), self._descriptor),
+            start_new_session=True,
+        )
+        theirs.close()
+        self._is_ready = False
+
+    def wait_ready(self) -> None:
+        """Return when the process has started, or has died in the attempt."""
+        if not self._is_ready:
+            with contextlib.suppress(EOFError, OSError):
+                self._connection.recv()
+            self._is_ready = True
+
+    def send(self, function: Callable, *arguments: object) -> None:
+        """Start a job; a process that has died is replaced by a new one."""
+        if self.process.poll() is not None:
+            self._connection.close()
+            self._start()
+        self.is_busy = True
+        # In a thread: a pipe takes little before the other side reads, and it may be starting.
+        threading.Thread(target=self._send, args=((function, arguments),), daemon=True).start()
+
+    def _send(self, job: object) -> None:
+        with contextlib.suppress(OSError):  # a process that dies is found by poll()
+            self._connection.send(job)
+
+    def poll(self) -> object:
+        """Return what the job returned or raised, or an OSError if its process died; None: busy."""
+        try:
+            while self._connection.poll():
+                outcome = self._connection.recv()
+                if not self._is_ready:
+                    self._is_ready = True
+                    continue
+                self.is_busy = False
+                return outcome
+        except (EOFError, OSError):
+            self.is_busy = False
+            code = self.process.wait()
+            self._connection.close()
+            self._start()
+            end = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
+            return OSError(f"the checkpoint worker {end}")
+        return None
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+
+    def close(self) -> None:
+        """End the process and give the memory back."""
+        self.process.kill()
+        self.process.wait(_END_S)
+        self._connection.close()
+        os.close(self._descriptor)
+
+
+def _place(plan: SavePlan, source: Source) -> tuple[dict[object, Place], int]:
+    """Return where each planned tensor goes and how many bytes all take."""
+    places: dict[object, Place] = {}
+    offset = 0
+    for item in plan.items:
+        tensor = source.resolve_data(item)
+        places[item.index] = Place(offset, tensor.dtype, tensor.shape)
+        size = tensor.numel() * tensor.element_size()
+        offset += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return places, offset
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What stays the same from save to save: the plan and the places, for tensors of one form."""
+
+    form: list[tuple[object, ...]]
+    plan: Plan
+    places: dict[object, Place]
+
+
+def _form(tensors: TensorTree) -> list[tuple[object, ...]]:
+    flat, _ = flatten_state_dict(dict(tensors))
+    return [(name, tensor.shape, tensor.dtype) for name, tensor in flat.items()]
+
+
+@dataclass
+class _Flight:
+    """A save under way."""
+
+    target: Target
+    started: float
+    is_committing: bool = False
+    outcome: object = None
+
+
+class AsyncSaver:
+    """Saves one checkpoint at a time in the background. Every method but `close` is collective."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._layout: _Layout | None = None
+        self._flight: _Flight | None = None
+        self._retention: Retention | None = None
+        self.worker: Worker | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """True from `begin` to the `poll` that returns how the save ended."""
+        return self._flight is not None
+
+    def prepare(self, tensors: TensorTree) -> Source:
+        """Plan for tensors of this form, reserve memory, start the worker, all unless done."""
+        form = _form(tensors)
+        is_known = torch.tensor(int(self._layout is not None and self._layout.form == form))
+        dist.all_reduce(is_known, op=dist.ReduceOp.MIN)
+        if is_known:
+            return dcp_writer.source_of(tensors)
+        plan, source = dcp_writer.make_plan(tensors)
+        plan = dataclasses.replace(plan, local=dataclasses.replace(plan.local, planner_data=None))
+        places, num_bytes = _place(plan.local, source)
+        self._layout = _Layout(form, plan, places)
+        if self.worker is not None and self.worker.num_bytes < num_bytes:
+            self.worker.close()
+            self.worker = None
+        if self.worker is None:
+            self.worker = Worker(num_bytes)
+        return source
+
+    def begin(
+        self, root: Path, tensors: TensorTree, *, state: Json, loss: float, retention: Retention
+    ) -> None:
+        """Copy `tensors` as they are now and start to save them; `retention` follows the commit.
+
+        Raises:
+            ValueError: On every rank, if `state` has a number that JSON has not.
+        """
+        assert not self.is_busy, "one save at a time"
+        target = dcp_writer.make_target(root, state=state, loss=loss)
+        source = self.prepare(tensors)
+        assert self._layout is not None and self.worker is not None, "prepare() has made them"
+        plan, places = self._layout.plan.local, self._layout.places
+        for item in plan.items:
+            tensor = source.resolve_data(item).detach()
+            _view(self.worker.memory, places[item.index]).copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        self._flight = _Flight(target, time.monotonic())
+        self._retention = retention
+        self.worker.send(_write, target.staging, plan, places)
+
+    def poll(self) -> Committed | Exception | None:
+        """Return how the save ended, None while it is under way or if there is none."""
+        flight, worker = self._flight, self.worker
+        if flight is None:
+            return None
+        assert worker is not None, "begin() has made it"
+        if flight.outcome is None and worker.is_busy:
+            flight.outcome = worker.poll()
+            if time.monotonic() - flight.started > self._timeout_s:
+                worker.kill()  # the next poll will find it dead
+        is_busy = torch.tensor(int(worker.is_busy))
+        dist.all_reduce(is_busy, op=dist.ReduceOp.MAX)
+        if is_busy:
+            return None
+        return self._finish(flight) if flight.is_committing else self._commit(flight)
+
+    def _commit(self, flight: _Flight) -> Exception | None:
+        """Let rank 0 commit what all ranks have written, or give up if one has not."""
+        assert self._layout is not None and self.worker is not None, "begin() has made them"
+        parts = dcp_writer.gather(flight.outcome)
+        failure, metadata = None, self._layout.plan.metadata
+        if metadata is not None:
+            failure = dcp_writer.first_failure(flight.target, self._layout.plan, parts)  # type: ignore[arg-type]
+            if failure is None:
+                self.worker.send(_commit, flight.target, metadata, parts, self._retention)
+        failure = from_main(failure)
+        flight.is_committing, flight.outcome = True, None
+        if failure is not None:
+            self._flight = None
+        return failure
+
+    def _finish(self, flight: _Flight) -> Committed | Exception:
+        assert self._layout is not None, "begin() has made it"
+        outcome = flight.outcome
+        if self._layout.plan.metadata is not None:
+            parts = [outcome]
+            outcome = dcp_writer.first_failure(flight.target, self._layout.plan, parts) or outcome  # type: ignore[arg-type]
+        self._flight = None
+        answer = from_main(outcome)
+        assert isinstance(answer, Committed | Exception), "the worker's answer"
+        return answer
+
+    def drain(self) -> Committed | Exception | None:
+        """Return how the save under way ended when it has, None if there is none."""
+        while self.is_busy:
+            if (outcome := self.poll()) is not None:
+                return outcome
+            time.sleep(_POLL_S)
+        return None
+
+    def close(self) -> None:
+        """End the worker; a save under way is given up."""
+        self._flight = None
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+
+if __name__ == "__main__":
+    work(*map(int, sys.argv[1:]))

@@ -1,0 +1,364 @@
+"""The parts of a save to Torch DCP: who writes what, one rank's file, the commit.
+
+    make_plan (all ranks) -> write (each rank its file) -> commit (rank 0: manifest, rename)
+
+    <run folder>/.staging-<n>-<id>/ -> step_<n>_loss_<x>/   __<rank>_0.distcp, .metadata
+                                                           state.json, manifest.json
+
+`checkpoint.save` puts them together in one process; async_checkpoint.py spreads them over time and
+processes. Nothing is under its final name before every byte of it is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from parallel.distributed import from_main
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+NAME = re.compile(r"step_(\d+)_loss_(\d+\.\d+)(?:_r(\d+))?")
+STAGING = re.compile(r"\.staging-\d+-[0-9a-f]{32}")
+MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+
+# Nested names to tensors: {"model": {name: tensor}, "optimizer": {name: {key: tensor}}}.
+TensorTree = Mapping[str, "Tensor | TensorTree"]
+Json = Mapping[str, object]
+
+
+class NonFiniteTensorError(ValueError):
+    """Weights or moments that nothing can be continued from."""
+
+
+# What a save, or a part of it on another rank, may raise; all the ranks then raise the same.
+FAILURES = (OSError, NonFiniteTensorError, ValueError)
+
+
+class Source(Protocol):
+    """Where the tensor of a planned item is, as DCP's writer asks for it."""
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Return the tensor of one item."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this rank writes; `metadata`, of the whole checkpoint, is on rank 0 alone."""
+
+    local: SavePlan
+    metadata: Metadata | None
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and digest of a file, as they were written."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one rank has put on disk: DCP's index of it and the facts of each file."""
+
+    results: list[WriteResult]
+    files: dict[str, FileFacts]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint in the making: where it is staged, what it will be called, its state.json."""
+
+    staging: Path
+    folder: Path
+    state: Json
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Return when a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def encode(value: Json) -> bytes:
+    """Return the one form in which a JSON file is written."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _write_json(path: Path, value: Json) -> FileFacts:
+    content = encode(value)
+    path.write_bytes(content)
+    fsync(path)
+    return FileFacts(len(content), hashlib.sha256(content).hexdigest())
+
+
+class _Hashed:
+    """A file that remembers size and digest of what was meant to be written, and its failure."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+        self.failure: OSError | None = None
+        self.tell, self.fileno, self.flush = file.tell, file.fileno, file.flush
+
+    def write(self, data: bytes | memoryview) -> int:
+        # DCP's and torch's layers above report a failed write in their own words, or not at all.
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+        self.digest.update(data)
+        self.num_bytes += count
+        return count
+
+    def close(self) -> None:
+        """Left to `create_stream`, which must close once even after a failure."""
+
+
+class _HashedFiles(FileSystem):
+    """DCP's file access, which creates new files only and keeps the facts of each."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, _Hashed] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with Path(path).open(mode.replace("w", "x")) as file:
+            stream = self.streams[Path(path).name] = _Hashed(file)  # type: ignore[arg-type]
+            yield stream  # type: ignore[misc]
+
+
+def gather(value: T) -> list[T]:
+    """Return every rank's value on rank 0, an empty list elsewhere. Collective."""
+    values: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None)
+    return values
+
+
+def _scatter(values: list[T]) -> T:
+    """Return the item of rank 0's list that is for this rank. Collective."""
+    box: list = [None]
+    dist.scatter_object_list(box, values or None)
+    return box[0]
+
+
+def exchange(value: T) -> list[T]:
+    """Return every rank's value on every rank. Collective."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def tell_all(outcome: T | Exception) -> T:
+    """Return rank 0's value on every rank, or raise its error there. Collective."""
+    answer = from_main(outcome)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def make_plan(tensors: TensorTree) -> tuple[Plan, Source]:
+    """Share out who writes what; replicated tensors are written once. Collective.
+
+    Raises:
+        ValueError: On every rank, if a value is not a tensor or the parts do not fit together.
+    """
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
+    plans = gather(planner.create_local_plan())
+    answers: list[SavePlan | ValueError] = []
+    metadata = None
+    if plans:
+        try:
+            plans, metadata = planner.create_global_plan(plans)
+            for item in (item for plan in plans for item in plan.items):
+                if item.type == WriteItemType.BYTE_IO:
+                    raise ValueError(f"checkpoint: {item.index.fqn} is not a tensor")
+            answers += FileSystemWriter("").prepare_global_plan(plans)
+        except (ValueError, RuntimeError) as error:  # which of the two depends on torch's version
+            answers = [ValueError(str(error))] * len(plans)
+    answer = _scatter(answers)
+    if isinstance(answer, ValueError):
+        raise answer
+    return Plan(planner.finish_plan(answer), metadata), planner  # type: ignore[return-value]
+
+
+def source_of(tensors: TensorTree) -> Source:
+    """Return where the tensors of a plan made for such `tensors` are now."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(tensors))
+    return planner  # type: ignore[return-value]
+
+
+def make_target(root: Path, *, state: Json, loss: float) -> Target:
+    """Return the names of a new checkpoint of `state["step"]`, the same on all ranks. Collective.
+
+    Raises:
+        ValueError: On every rank, if `state` has a number that JSON has not.
+    """
+    step = state["step"]
+    if not math.isfinite(loss):
+        raise ValueError(f"checkpoint of step {step}: loss={loss}: must be a finite number")
+    json.dumps(state, allow_nan=False)
+    staging = from_main(root / f".staging-{step}-{uuid.uuid4().hex}")
+    return Target(staging, root / f"step_{step}_loss_{loss:.3f}", state)
+
+
+def _check_finite(plan: SavePlan, source: Source) -> None:
+    """Refuse to write weights or moments that nothing can be continued from."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for item in plan.items:
+        tensor = source.resolve_data(item).detach()
+        if tensor.is_floating_point() and tensor.numel():
+            # Both are NaN if anything is; 25 times as fast as isfinite on a CPU.
+            extremes_2 = torch.stack(torch.aminmax(tensor))
+            check = item.index.fqn, extremes_2.isfinite().all()
+            by_device.setdefault(tensor.device, []).append(check)
+    for checks in by_device.values():
+        # One transfer for all of them: on a GPU each would stop the queue.
+        finite = torch.stack([flag for _, flag in checks]).tolist()
+        bad = [name for (name, _), is_finite in zip(checks, finite, strict=True) if not is_finite]
+        if bad:
+            raise NonFiniteTensorError(f"{bad[0]} is not finite (of {len(bad)} such tensors)")
+
+
+def write(staging: Path, plan: SavePlan, source: Source) -> Written:
+    """Write and sync this rank's file. Not collective; may run in another process.
+
+    Raises:
+        NonFiniteTensorError: A tensor has NaN or infinities; nothing was written.
+        OSError: The file cannot be written; what there is of it is of no use.
+    """
+    _check_finite(plan, source)
+    staging.mkdir(exist_ok=True)  # not the run folder too: one that has vanished is an error
+    # One thread: with more, a full disk is reported as success (pytorch/pytorch#191391).
+    # No copy-ahead: it would open a CUDA context even where the tensors are on the CPU.
+    writer = FileSystemWriter(staging, thread_count=1, sync_files=True, per_thread_copy_ahead=0)
+    files = writer.fs = _HashedFiles()
+    try:
+        results = writer.write_data(plan, source).wait()  # type: ignore[arg-type]
+    except (RuntimeError, OSError) as error:
+        for name, stream in files.streams.items():
+            cause = stream.failure or error
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, f"write {name}: {cause.strerror}") from error
+        raise
+    facts = {n: FileFacts(s.num_bytes, s.digest.hexdigest()) for n, s in files.streams.items()}
+    return Written(results, facts)
+
+
+def _check_on_disk(staging: Path, files: Mapping[str, FileFacts]) -> None:
+    """Compare the folder with what was meant to be in it; the kernel's word is not taken for it."""
+    on_disk = {path.name: path.lstat().st_size for path in staging.iterdir()}
+    for name in sorted(on_disk.keys() | files.keys()):
+        expected = files[name].num_bytes if name in files else "no file"
+        found = on_disk.get(name, "no file")
+        if found != expected:
+            raise OSError(f"{name} has {found} bytes, written were {expected}")
+
+
+def commit(target: Target, metadata: Metadata, written: list[Written]) -> Path:
+    """Seal what all ranks have written with a manifest and rename it. Rank 0 only.
+
+    Raises:
+        OSError: Something is not on disk as it was written, or cannot be synced or renamed.
+    """
+    staging = target.staging
+    FileSystemWriter(staging, sync_files=True).finish(metadata, [part.results for part in written])
+    files = {name: facts for part in written for name, facts in part.files.items()}
+    state = {"schema_version": SCHEMA_VERSION, **target.state}
+    files[STATE] = _write_json(staging / STATE, state)
+    index = staging / METADATA
+    files[METADATA] = FileFacts(index.stat().st_size, sha256(index))
+    _check_on_disk(staging, files)
+    listed = {n: {"bytes": f.num_bytes, "sha256": f.sha256} for n, f in sorted(files.items())}
+    _write_json(staging / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": listed})
+    fsync(staging)
+    attempt, final = 1, target.folder
+    while os.path.lexists(final):  # a name is never reused: nothing complete is overwritten
+        attempt += 1
+        final = target.folder.with_name(f"{target.folder.name}_r{attempt}")
+    staging.rename(final)
+    fsync(final.parent)
+    return final
+
+
+def outcome_of(function: Callable[..., T], *arguments: object) -> T | Exception:
+    """Return what a part of a save returns or raises, so that ranks can tell each other."""
+    try:
+        return function(*arguments)
+    except FAILURES as error:
+        return error
+
+
+def num_bytes(tensors: TensorTree) -> int:
+    """Return how much a checkpoint of `tensors` holds, all ranks together. Collective."""
+    flat, _ = flatten_state_dict(dict(tensors))
+    # A rank without rows of a parameter does not have its moments: the union counts.
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in flat.items()}
+    return sum({n: size for part in exchange(sizes) for n, size in part.items()}.values())
+
+
+def _space(root: Path, metadata: Metadata) -> str:
+    entries = metadata.state_dict_metadata.values()
+    needed = sum(
+        math.prod(entry.size) * entry.properties.dtype.itemsize
+        for entry in entries
+        if isinstance(entry, TensorStorageMetadata)
+    )
+    try:
+        free = f"{shutil.disk_usage(root).free / 2**30:.2f}"
+    except OSError as error:
+        free = f"unknown, {error.strerror}:"
+    return f"(need {needed / 2**30:.2f} GiB, free {free} GiB)"
+
+
+def first_failure(
+    target: Target, plan: Plan, outcomes: Sequence[Written | Path | Exception]
+) -> Exception | None:
+    """Return the error that the save ends with if a part of it failed, and clear up. Rank 0."""
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, Exception):
+            # What was staged is of no use, and with a full disk in the way of the next attempt.
+            shutil.rmtree(target.staging, ignore_errors=True)
+            reason = f"checkpoint {target.folder}: rank {rank}: {outcome}"
+            kind = next(kind for kind in FAILURES if isinstance(outcome, kind))
+            if kind is OSError:
+                assert plan.metadata is not None, "rank 0 has it"
+                reason += f" {_space(target.folder.parent, plan.metadata)}"
+            return kind(reason)
+    return None

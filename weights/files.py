@@ -1,0 +1,312 @@
+"""Weights in files: pickles without code, safetensors in one file or many, Torch DCP, shards.
+
+    path -> read_pickle | read_safetensors | read_dcp -> names and tensors on the CPU
+    names and tensors -> write_pickle | write_safetensors | write_dcp -> path
+
+One process, no process group. What is written gets its name when every byte is on disk, and the
+permissions that the umask gives. What names and shapes mean is for formats.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+import shutil
+import struct
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from weights.dcp_reader import SafeReader
+from weights.dcp_writer import MANIFEST, SCHEMA_VERSION, STATE, fsync, sha256
+from weights.formats import Json, Weights, listed
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# A file of one rank: `3.pth`, or `<stem>_rank3.pth`.
+_SHARD = re.compile(r"(?:(?P<stem>.+)_rank)?(?P<rank>\d+)\.pth")
+# One of several files of a model.
+_PART = re.compile(r".+-\d+-of-(?P<files>\d+)\.safetensors")
+_BLOCKED = re.compile(r"(?:GLOBAL|class|function) ([\w.]*\w)")
+# What the restricted unpickler raises for code and for damaged bytes.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+
+
+def read_pickle(path: Path) -> object:
+    """Return what `torch.save` wrote to `path`, on the CPU: tensors and plain values only.
+
+    Raises:
+        ValueError: The file asks for anything else, which is not run, or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        # The advice that comes before holds the words that are searched for.
+        reason = str(error).rpartition("trusted source.")[2]
+        if isinstance(error, pickle.UnpicklingError) and (blocked := _BLOCKED.search(reason)):
+            problem = f"wants {blocked[1]}: refused, and nothing was run"
+        else:
+            problem = f"damaged, or not of tensors and plain values ({type(error).__name__})"
+        raise ValueError(f"file {path}: {problem}") from error
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def in_place_of(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` for a file or a folder of files; it then becomes `target`.
+
+    After an error nothing is. What was at `target` is deleted once its successor is there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    partial = target.with_name(f".{target.name}.partial-{token}")
+    old = target.with_name(f".{target.name}.old-{token}")
+    try:
+        yield partial
+        for path in [*(partial.iterdir() if partial.is_dir() else ()), partial]:
+            fsync(path)
+        if target.is_dir():  # a folder cannot be replaced in one step
+            target.rename(old)
+        partial.replace(target)
+        fsync(target.parent)
+    finally:
+        _delete(partial)
+        if old.exists() and not target.exists():
+            old.rename(target)
+    _delete(old)
+
+
+def write_pickle(path: Path, content: Mapping[str, object]) -> None:
+    """Write `content`, of tensors and plain values, for torch.load(weights_only=True).
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with in_place_of(path) as partial:
+        try:
+            torch.save(dict(content), partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"file {path}: cannot be written: {error}") from error
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"file {path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"file {path}: must hold a JSON object")
+    return value
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    """Return the files that the weights at `path`, a file or a folder, are in."""
+    if path.is_file():
+        if (part := _PART.fullmatch(path.name)) and int(part["files"]) > 1:
+            raise ValueError(
+                f"file {path}: is one of the {int(part['files'])} files of a model; "
+                f"name their folder, {path.parent}"
+            )
+        return [path]
+    if not (path / INDEX_NAME).is_file():
+        return [path / SINGLE_NAME]
+    index = _read_json(path / INDEX_NAME).get("weight_map")
+    names = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
+    if not names:
+        raise ValueError(f"file {path / INDEX_NAME}: must have a `weight_map` of names to files")
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"file {path / INDEX_NAME}: {name}: must be a file in its folder")
+        if not (path / name).is_file():
+            raise ValueError(f"folder {path}: {name} is missing ({INDEX_NAME} names it)")
+    return [path / name for name in names]
+
+
+def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
+    """Return the weights and the metadata of a file, or of a folder with all its files.
+
+    Raises:
+        ValueError: A file is missing or damaged.
+    """
+    weights: Weights = {}
+    metadata: dict[str, str] = {}
+    for file in _safetensors_files(path):
+        try:
+            with safetensors.safe_open(file, framework="pt") as opened:
+                metadata |= opened.metadata() or {}
+                weights |= {name: opened.get_tensor(name) for name in opened.keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"file {file}: damaged: {error}") from error
+    return weights, metadata
+
+
+def _bytes_of(weights: Weights) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+
+def _in_shards(weights: Weights, max_bytes: int) -> list[Weights]:
+    """Split `weights`, in order, so that none is over the limit unless it is a single tensor."""
+    shards: list[Weights] = [{}]
+    for name, tensor in weights.items():
+        if shards[-1] and _bytes_of(shards[-1]) + _bytes_of({name: tensor}) > max_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    return shards
+
+
+def _write_safetensors(path: Path, weights: Weights, *, metadata: Mapping[str, str]) -> None:
+    packed = {name: tensor.contiguous() for name, tensor in weights.items()}
+    # Not save_file: it makes files that only their owner can read, whatever the umask.
+    path.write_bytes(safetensors.torch.save(packed, {"format": "pt", **metadata}))
+
+
+def write_safetensors(
+    path: Path, weights: Weights, *, metadata: Mapping[str, str], max_bytes: int
+) -> None:
+    """Write one file if `path` ends in .safetensors, else a folder with files of up to `max_bytes`.
+
+    More than one file get an index that says which tensor is where, as in the Hugging Face hub.
+    """
+    shards = _in_shards(weights, max_bytes)
+    if path.suffix == ".safetensors":
+        if len(shards) > 1:
+            raise ValueError(
+                f"--output {path}: {_bytes_of(weights)} bytes are over the limit of {max_bytes} "
+                "per file; name a folder, or raise --max-shard-gb"
+            )
+        with in_place_of(path) as partial:
+            _write_safetensors(partial, weights, metadata=metadata)
+        return
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    with in_place_of(path) as partial:
+        partial.mkdir()
+        if len(shards) == 1:
+            _write_safetensors(partial / SINGLE_NAME, weights, metadata=metadata)
+            return
+        for name, shard in zip(names, shards, strict=True):
+            _write_safetensors(partial / name, shard, metadata=metadata)
+        files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        facts = {**metadata, "total_size": _bytes_of(weights)}
+        index = {"metadata": facts, "weight_map": files}
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Use DCP without a process group: no warning that there is none, and errors of one line."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:  # no Exception: nobody else would catch it
+            cause, _ = next(iter(error.failures.values()))
+            if not isinstance(cause, Exception):  # Ctrl-C, or a signal that ends the program
+                raise cause from error
+            raise OSError(f"checkpoint {folder}: {cause}") from error
+
+
+def read_dcp(folder: Path, tree: str) -> Weights:
+    """Return the tensors under `tree` of a Torch DCP folder, whole, whoever saved which part.
+
+    Raises:
+        ValueError: There are none, or fewer than the model has; or the folder is damaged.
+    """
+    reader = SafeReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(facts.size, dtype=facts.properties.dtype)
+        for key, facts in stored.items()
+        if key.startswith(f"{tree}.") and isinstance(facts, TensorStorageMetadata)
+    }
+    if not tensors:
+        trees = sorted({key.partition(".")[0] for key in stored})
+        raise ValueError(f"checkpoint {folder}: has no {tree} weights (it has: {', '.join(trees)})")
+    lacking = {key.partition(".")[2] for key in stored if key.startswith("model.")}
+    lacking -= {key.partition(".")[2] for key in tensors}
+    if lacking:
+        raise ValueError(f"checkpoint {folder}: {tree} weights lack {listed(lacking)}")
+    with _alone(folder):
+        state_dict_loader.load(dict(tensors), storage_reader=reader, no_dist=True)
+    return {key.removeprefix(f"{tree}."): tensor for key, tensor in tensors.items()}
+
+
+def write_dcp(folder: Path, weights: Weights, *, about: Json) -> None:
+    """Write a checkpoint of weights alone: a state of step 0 and a manifest, no optimizer.
+
+    `about` is what the state says of them besides.
+    """
+    with in_place_of(folder) as partial, _alone(folder):
+        writer = FileSystemWriter(partial, thread_count=1, sync_files=True)
+        state_dict_saver.save({"model": weights}, storage_writer=writer, no_dist=True)
+        version = {"schema_version": SCHEMA_VERSION}
+        state = {**version, "step": 0, "metrics": {}, **about}
+        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(partial.iterdir())
+        }
+        (partial / MANIFEST).write_text(json.dumps({**version, "files": files}, indent=2) + "\n")
+
+
+def shard_files(folder: Path, *, stem: str | None) -> list[Path]:
+    """Return the files of all ranks in `folder`, in rank order: `0.pth` or `<stem>_rank0.pth`.
+
+    Raises:
+        ValueError: A rank is missing, or there is more than one set and `stem` does not say which.
+    """
+    sets: dict[str, dict[int, Path]] = {}
+    for path in folder.iterdir():
+        if match := _SHARD.fullmatch(path.name):
+            sets.setdefault(match["stem"] or "", {})[int(match["rank"])] = path
+    if stem is None and len(sets) > 1:
+        names = ", ".join(repr(name) for name in sorted(sets))
+        raise ValueError(f"folder {folder}: has files of {names}: choose one by --stem")
+    chosen = sets.get(stem, {}) if stem is not None else next(iter(sets.values()), {})
+    if not chosen:
+        raise ValueError(
+            f"folder {folder}: has no checkpoint step_<n>_loss_<x>, no {SINGLE_NAME}, and no file "
+            f"{stem or '<stem>'}_rank<r>.pth or <r>.pth"
+        )
+    missing = sorted(set(range(max(chosen) + 1)) - set(chosen))
+    if missing:
+        raise ValueError(
+            f"folder {folder}: the files of ranks {missing} are missing, "
+            f"{', '.join(chosen[rank].name for rank in sorted(chosen))} are there"
+        )
+    return [chosen[rank] for rank in sorted(chosen)]
+
+
+def is_tensors(value: object) -> bool:
+    """Return whether `value` is a state dict: names to tensors, and nothing else."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in value.items())
+    )

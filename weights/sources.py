@@ -1,0 +1,294 @@
+"""Weights from whatever holds them, recognised by what it is, with the options of their run.
+
+    run folder | checkpoint | safetensors | torch.save | folder of FastMoE -> read_source -> Source
+    Source without options, recipe -> name_options -> Source
+
+The formats are listed in export.py. What is incomplete is refused with the way to complete it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import checkpoint
+from checkpoint import Checkpoint
+from options import compose
+from training import network
+from weights import files as weight_files
+from weights import formats
+from weights.dcp_writer import MANIFEST, METADATA
+from weights.formats import Json, MtlFile, Weights
+
+BEST = "-val_loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What was read: our weights or a file of M3ViT, and the options of the run, {} if unknown.
+
+    `classes` are the ids of the classes that were trained, () if unknown. `passed_over` says which
+    checkpoints of the run would have been chosen, and what is wrong with them.
+    """
+
+    content: Weights | MtlFile
+    config: Json
+    origin: str
+    passed_over: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    def weights(self) -> Weights:
+        """Return the weights by our names."""
+        is_mtl = isinstance(self.content, MtlFile)
+        return formats.from_mtl(self.content) if is_mtl else self.content  # type: ignore[arg-type, return-value]
+
+    def print_notes(self) -> None:
+        """Say on stderr what was passed over."""
+        for problem in self.passed_over:
+            print(f"note: passed over {problem}", file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which of the things in the source is meant.
+
+    weights: "model" as trained, or "ema" for their average.
+    metric: of a run's checkpoints the best by this figure, None for the newest.
+    stem: of a folder's files those named <stem>_rank<r>.pth.
+    """
+
+    weights: str = "model"
+    metric: str | None = None
+    stem: str | None = None
+
+
+def picked_metric(pick: str, metric: str | None) -> str | None:
+    """Return the figure of the checkpoint that --pick and --metric ask for, None for the newest.
+
+    Raises:
+        ValueError: The figure has no sign, or no effect.
+    """
+    if pick != "best":
+        if metric is not None:
+            raise ValueError(f"--metric {metric}: has no effect without --pick best")
+        return None
+    metric = BEST if metric is None else metric
+    if metric[:1] not in ("+", "-"):
+        raise ValueError(f"--metric {metric}: must be +name (highest) or -name (lowest)")
+    return metric
+
+
+def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Return the newest complete checkpoint of a run, or the best one by a figure of its state.
+
+    Also returned is what is wrong with those that come before it. `metric` is "+name" where the
+    highest figure is the best and "-name" where the lowest is.
+
+    Raises:
+        ValueError: None is complete, or none has the figure.
+    """
+    folders = checkpoint.candidates(run_folder)
+    if figure := checkpoint.figure_name(metric):
+        scores = {folder: checkpoint.score(folder, figure) for folder in folders}
+        known = {name for folder in folders for name in checkpoint.claimed_figures(folder)}
+        folders = [folder for folder in folders if math.isfinite(scores[folder])]
+        if not folders:
+            raise ValueError(
+                f"--metric {metric}: no checkpoint in {run_folder} has this figure "
+                f"(there are: {', '.join(sorted(known)) or 'none'})"
+            )
+        folders.sort(key=lambda folder: scores[folder], reverse=True)
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            return checkpoint.verify(folder), tuple(problems)
+        except ValueError as error:
+            problems.append(str(error).removeprefix("checkpoint "))
+    raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
+
+
+def _our_options(value: object) -> Json:
+    """Return the options of a run of ours, {} for anything else that a file says of itself."""
+    model = value.get("model") if isinstance(value, dict) else None
+    sections = [model.get(name) for name in ("vit", "moe")] if isinstance(model, dict) else [None]
+    is_ours = isinstance(value, dict) and all(isinstance(part, dict) for part in sections)
+    return value if is_ours else {}  # type: ignore[return-value]
+
+
+def _class_ids(value: object, weights: Weights) -> tuple[str, ...]:
+    """Return the class ids of a list, or of one in JSON; () of anything else.
+
+    Other projects' files have lists of that name, too: only one as long as the head is taken.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        return ()
+    head = weights.get("head.weight")
+    return tuple(found) if head is not None and len(head) == len(found) else ()
+
+
+def other_classes(trained: Sequence[str], given: Sequence[str]) -> str | None:
+    """Say where the classes of weights are not those of a dataset; None: nowhere, or unknown."""
+    pairs = enumerate(zip(trained, given, strict=False))
+    differing = [(number, *pair) for number, pair in pairs if pair[0] != pair[1]]
+    if not differing:
+        return None
+    number, theirs, ours = differing[0]
+    return (
+        f"{len(differing)} of {len(given)} classes were others in training: "
+        f"class {number} was {theirs}, is {ours}"
+    )
+
+
+def _parse_options(text: object) -> Json:
+    try:
+        return _our_options(json.loads(text)) if isinstance(text, str) else {}
+    except (ValueError, RecursionError):  # some other project's `config`
+        return {}
+
+
+def _read_checkpoint(found: Checkpoint, choice: Choice) -> Source:
+    weights = weight_files.read_dcp(found.folder, choice.weights)
+    options, classes = _our_options(found.state.get("config")), found.state.get("classes")
+    return Source(weights, options, str(found.folder), classes=_class_ids(classes, weights))
+
+
+def _read_run(folder: Path, choice: Choice) -> Source:
+    found, passed_over = find_checkpoint(folder, metric=choice.metric)
+    return dataclasses.replace(_read_checkpoint(found, choice), passed_over=passed_over)
+
+
+def _refuse_unused(path: Path, choice: Choice, *, is_run: bool, is_ranks: bool) -> None:
+    """Refuse what says which of several to take, where there is one."""
+    if choice.metric is not None and not is_run:
+        raise ValueError(f"--pick best: has no effect on {path}, which is no run folder")
+    if choice.stem is not None and not is_ranks:
+        raise ValueError(
+            f"--stem {choice.stem}: has no effect on {path}, which is no folder of ranks' files"
+        )
+
+
+def _state_dict(content: object, path: Path, *, key: str | None) -> Weights:
+    """Return the state dict in a file of torch.save: under `key`, the usual keys, or all of it."""
+    holder = content if isinstance(content, dict) else {}
+    keys = [key] if key else [name for name in ("state_dict", "model") if name in holder]
+    found = holder.get(keys[0]) if keys else content
+    if not weight_files.is_tensors(found):
+        raise ValueError(f"file {path}: has no weights in `{keys[0] if keys else 'it'}`")
+    return found  # type: ignore[return-value]
+
+
+def _local_advice(path: Path) -> str:
+    """Say how to get a global file where `path` has one rank's experts."""
+    stem = re.sub(r"_rank\d+$", "", path.stem)
+    is_set = (path.parent / f"{stem}_rank0.pth").exists()
+    name, also = (f"{stem}_rank<r>.pth", f" --stem {stem}") if is_set else ("<r>.pth", "")
+    return (
+        f"these are one rank's; with the files of all ranks in one folder, as {name}, run: "
+        f"python export.py {path.parent}{also} --to mtl --output <folder>"
+    )
+
+
+def _read_pickle(path: Path, choice: Choice) -> Source:
+    content = weight_files.read_pickle(path)
+    holder: Mapping[str, object] = content if isinstance(content, dict) else {}
+    key = None
+    if choice.weights == "ema":
+        key = "model_ema" if "model_ema" in holder else "ema"
+    weights = _state_dict(content, path, key=key)
+    found = holder.get("meta")
+    meta = found if isinstance(found, dict) and "expert_format" in found else {}
+    if not meta and not formats.is_m3vit(weights):
+        config = _parse_options(holder.get("config"))
+        classes = _class_ids(holder.get("classes"), weights)
+        return Source(formats.from_timm(weights), config, str(path), classes=classes)
+    encoder, _ = formats.encoder_of(weights)
+    if problem := formats.missing_experts(encoder):
+        raise ValueError(f"file {path}: {problem}: {_local_advice(path)}")
+    merged = formats.merge_shards([weights], source="pretrain_single_file")
+    facts = {**merged.meta, **meta}
+    own = facts["moevit"]
+    config = _parse_options(own.get("config") if isinstance(own, dict) else None)
+    checked = {name: merged.meta[name] for name in ("expert_format", "moe_experts_global")}
+    return Source(MtlFile(merged.weights, {**facts, **checked}, merged.left_out), config, str(path))
+
+
+def _read_shards(folder: Path, choice: Choice) -> Source:
+    """Join the files of FastMoE's ranks; of each only its state dict is kept in memory."""
+    key = "model_ema" if choice.weights == "ema" else None
+    files = weight_files.shard_files(folder, stem=choice.stem)
+    shards = [_state_dict(weight_files.read_pickle(path), path, key=key) for path in files]
+    try:
+        merged = formats.merge_shards(shards, source="pretrain_sharded_dir")
+    except ValueError as error:
+        raise ValueError(f"folder {folder}: {error}") from error
+    return Source(merged, {}, f"{len(files)} files of {folder}")
+
+
+def read_source(path: Path, choice: Choice) -> Source:
+    """Read whatever is at `path`.
+
+    Raises:
+        FileNotFoundError: Nothing is.
+        ValueError: It is not what this program can read, damaged, or incomplete.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    is_run = not names & {MANIFEST, METADATA} and bool(checkpoint.candidates(path))
+    known = {MANIFEST, METADATA, weight_files.INDEX_NAME, weight_files.SINGLE_NAME}
+    is_ranks = path.is_dir() and not is_run and not names & known
+    _refuse_unused(path, choice, is_run=is_run, is_ranks=is_ranks)
+    if path.is_dir():
+        if MANIFEST in names:
+            return _read_checkpoint(checkpoint.verify(path), choice)
+        if METADATA in names:
+            origin = f"{path} (not verified: it has no {MANIFEST})"
+            return Source(weight_files.read_dcp(path, choice.weights), {}, origin)
+        if is_run:
+            return _read_run(path, choice)
+        if is_ranks:
+            return _read_shards(path, choice)
+    elif path.suffix != ".safetensors":
+        return _read_pickle(path, choice)
+    if choice.weights == "ema":
+        raise ValueError(f"--weights ema: {path} has one set of weights; leave it out")
+    weights, metadata = weight_files.read_safetensors(path)
+    config = _parse_options(metadata.get("config"))
+    classes = _class_ids(metadata.get("classes"), weights)
+    return Source(formats.from_timm(weights), config, str(path), classes=classes)
+
+
+def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
+    """Return `source` with the options of a recipe, if it is a model of these names and shapes.
+
+    Raises:
+        ValueError: It has its own options, or a parameter differs.
+    """
+    if source.config:
+        raise ValueError(f"--config-name {config_name}: {source.origin} has options of its own")
+    config = compose.compose(config_name, overrides)
+    model = network.build_model(config, backend="torch", on_meta=True)
+    expected, weights = model.state_dict(), source.weights()
+    problems = []
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            # M3ViT's encoder ends with its blocks: a head is for whoever loads the export.
+            is_theirs = isinstance(source.content, MtlFile) and formats.is_top(name)
+            problems += [] if is_theirs else [f"missing {name}"]
+        elif name not in expected:
+            problems.append(f"unexpected {name}")
+        elif expected[name].shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+            problems.append(f"{name} is {shapes}")
+    if problems:
+        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
+    return dataclasses.replace(source, content=weights, config=dataclasses.asdict(config))

@@ -1,0 +1,276 @@
+"""Experts made of a dense MLP: which of them gets which part of it, and with which factor.
+
+    a block's weights in a checkpoint + Plan -> find_recipe -> made_entry, one per parameter
+
+A dense MLP  y = V gelu(U x + a) + b  of width H becomes E experts of width F, of which a token uses
+k. With G = H / F shards (G = 1: copies) and S, what a token's weights sum to at logits of zero:
+
+    expert j has shard s = j mod G:  rows s of U, a as they are; columns s of V times G / S; b / S
+    S = 1 if weights are normalised, else k / E (a softmax over all experts) or k / 2 (sigmoid)
+
+Every token's sum of weight * expert is then y if its weights sum to S and, for each shard, those of
+the experts with that shard to S / G: see `effect_of` for when they do. Source: sparse upcycling
+(arXiv 2212.05055), virtual groups (arXiv 2410.07524), which scale U and V by a square root each:
+not exact through a GELU. All else that a model begins with is in warm_start.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layers import init
+from weights.formats import Weights
+from weights.provenance import COPIED, DRAWN, LOADED, SCRATCH, SPLIT, TIED, ZERO, Entry
+
+GATE_STD = 0.02  # as the gate has it from scratch
+
+_IN_FFN = re.compile(r"(blocks\.\d+\.mlp\.)(.+)")
+_DENSE_OF = {
+    "experts.w_in": "fc1.weight",
+    "experts.b_in": "fc1.bias",
+    "experts.w_out": "fc2.weight",
+    "experts.b_out": "fc2.bias",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFacts:
+    """What of the options of the experts decides how a dense MLP becomes some.
+
+    is_normalized: a token's k weights sum to 1.
+    is_noisy: in training, noise or closed experts act on the choice of experts.
+    drops_rows: in training, a capacity does.
+    """
+
+    num_experts: int
+    top_k: int
+    activation: str
+    router: str
+    is_normalized: bool
+    is_noisy: bool
+    drops_rows: bool
+
+    @property
+    def sum_is_constant(self) -> bool:
+        """Whether a token's k weights have the same sum for every token and any gate."""
+        return self.is_normalized or (self.router != "sigmoid" and self.top_k == self.num_experts)
+
+    @property
+    def weight_sum(self) -> float:
+        """What the k weights of a token sum to where all logits are zero: S."""
+        if self.is_normalized:
+            return 1.0
+        return self.top_k / (2 if self.router == "sigmoid" else self.num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was asked for.
+
+    mode: scratch, deit_warm_start or deit_upcycling.
+    experts: "random", "copy" or "split". None: as in the checkpoint, where a block of it has
+        experts; else random in deit_warm_start and, in deit_upcycling, copy where an expert is as
+        wide as the dense MLP, split where it is narrower.
+    gate: "random", or "virtual_group": the G experts that together are one dense MLP have one row.
+    gate_std: of the gate's values; None: those from scratch, or GATE_STD for virtual groups.
+    """
+
+    mode: str
+    experts: str | None = None
+    gate: str = "random"
+    gate_std: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What happens to one block's experts: LOADED, COPIED, SPLIT in shards, or from SCRATCH."""
+
+    origin: str
+    num_shards: int = 1
+
+
+def expert_tensor(
+    part: str, dense: Tensor, *, num_shards: int, num_experts: int, weight_sum: float
+) -> Tensor:
+    """Return all experts' `experts.<part>` from the dense MLP's tensor, by the formula above.
+
+    Shapes: w_in: [H, D] -> [E*F, D]; b_in: [H] -> [E, F]; w_out: [D, H] -> [E*D, F];
+    b_out: [D] -> [E, D]
+    """
+    dense, repeats = dense.float(), num_experts // num_shards
+    if part == "w_in":
+        return dense.repeat(repeats, 1)
+    if part == "b_in":
+        return dense.view(num_shards, -1).repeat(repeats, 1)
+    if part == "b_out":
+        return (dense / weight_sum).repeat(num_experts, 1)
+    shard_GDF = dense.unflatten(1, (num_shards, -1)).transpose(0, 1) * (num_shards / weight_sum)
+    return shard_GDF.repeat(repeats, 1, 1).flatten(0, 1)
+
+
+def gate_rows(shape: torch.Size, *, num_shards: int, std: float, rng: torch.Generator) -> Tensor:
+    """Return a gate [E, D] ~ N(0, std^2) whose rows are the same within each group of G experts."""
+    num_groups = shape[0] // num_shards
+    row_XD = init.normal(torch.Size((num_groups, shape[1])), std, rng=rng)
+    return row_XD.repeat_interleave(num_shards, dim=0)
+
+
+def _in_ffn(name: str) -> tuple[str, str]:
+    match = _IN_FFN.fullmatch(name)
+    return (match[1], match[2]) if match else ("", "")
+
+
+def ffn_of(name: str) -> str:
+    """Return `blocks.3.mlp.` of a parameter in it, "" for any other."""
+    return _in_ffn(name)[0]
+
+
+def _num_shards(kind: str | None, *, dense_dim: int, hidden_dim: int, facts: ExpertFacts) -> int:
+    """Return in how many parts the dense MLP is cut, 1 for copies.
+
+    Raises:
+        ValueError: Experts of this width and number cannot be made of it.
+    """
+    widths = f"an expert is {hidden_dim} wide, the dense MLP {dense_dim}"
+    if facts.activation != "gelu":
+        raise ValueError(
+            f"config model.moe.activation={facts.activation}: must be gelu, as in the dense MLP "
+            "that the experts are made of"
+        )
+    if kind == "copy" and dense_dim != hidden_dim:
+        raise ValueError(f"config init.experts=copy: {widths}: set model.moe.mlp_ratio, or split")
+    if dense_dim % hidden_dim:
+        raise ValueError(f"config model.moe.mlp_ratio: {widths}: must divide it")
+    num_shards = dense_dim // hidden_dim
+    if facts.num_experts % num_shards:
+        raise ValueError(
+            f"config model.moe.num_experts={facts.num_experts}: must be a multiple of {num_shards}:"
+            f" {widths}, and each part of it is needed equally often"
+        )
+    return num_shards
+
+
+def _check_gate(plan: Plan, num_shards: int, facts: ExpertFacts) -> None:
+    if plan.gate == "virtual_group" and num_shards == 1:
+        raise ValueError("config init.gate=virtual_group: has no effect on copies (use random)")
+    if plan.gate == "virtual_group" and facts.top_k % num_shards:
+        raise ValueError(
+            f"config init.gate=virtual_group: needs model.moe.top_k={facts.top_k} to be a multiple "
+            f"of {num_shards}, the parts of a dense MLP"
+        )
+
+
+def find_recipe(
+    prefix: str,
+    source: Weights,
+    *,
+    hidden_dim: int,
+    facts: ExpertFacts | None,
+    plan: Plan,
+    origin: str,
+) -> Recipe:
+    """Return what happens to the experts, `hidden_dim` wide, of the feed-forward `prefix`.
+
+    Raises:
+        ValueError: They cannot be made of what `source`, called `origin`, has there.
+    """
+    default = "random" if plan.mode == "deit_warm_start" else None
+    kind = default if plan.experts is None else plan.experts
+    if f"{prefix}experts.w_in" in source:
+        if plan.mode == "deit_warm_start" and plan.experts is None:
+            return Recipe(LOADED)
+        if kind != "random":
+            raise ValueError(
+                f"{origin}: {prefix}experts are there already: they are loaded by "
+                "init.mode=deit_warm_start with init.experts=null"
+            )
+    if kind == "random":
+        return Recipe(SCRATCH)
+    if f"{prefix}fc1.weight" not in source:
+        raise ValueError(f"{origin}: has no {prefix}fc1.weight to make experts of")
+    assert facts is not None, "a model with experts has their options"
+    num_shards = _num_shards(
+        kind,
+        dense_dim=len(source[f"{prefix}fc1.weight"]),
+        hidden_dim=hidden_dim,
+        facts=facts,
+    )
+    _check_gate(plan, num_shards, facts)
+    return Recipe(SPLIT if num_shards > 1 else COPIED, num_shards)
+
+
+def made_entry(
+    name: str,
+    shape: torch.Size,
+    *,
+    recipe: Recipe,
+    source: Weights,
+    facts: ExpertFacts,
+    plan: Plan,
+    seed: int,
+) -> Entry:
+    """Return a parameter of a feed-forward whose experts are made of a dense MLP."""
+    prefix, inner = _in_ffn(name)
+    num_shards, total = recipe.num_shards, facts.weight_sum
+    if inner in _DENSE_OF:
+        dense_name, part = prefix + _DENSE_OF[inner], inner.removeprefix("experts.")
+        factor = {"w_out": num_shards / total, "b_out": 1 / total}.get(part, 1.0)
+        cut = f"in {num_shards}, each {facts.num_experts // num_shards} times"
+        detail = cut if recipe.origin == SPLIT else f"{facts.num_experts} times"
+        detail += f", values times {factor:g}" if factor != 1 else ""
+
+        def value() -> Tensor:
+            return expert_tensor(
+                part,
+                source[dense_name],
+                num_shards=num_shards,
+                num_experts=facts.num_experts,
+                weight_sum=total,
+            )
+
+        return Entry(name, shape, recipe.origin, detail, (dense_name,), value)
+    if inner == "router.gate.weight" and (plan.gate, plan.gate_std) != ("random", None):
+        std = GATE_STD if plan.gate_std is None else plan.gate_std
+        size = num_shards if plan.gate == "virtual_group" else 1
+
+        def rows() -> Tensor:
+            rng = init.generator(seed, name)
+            return gate_rows(shape, num_shards=size, std=std, rng=rng)
+
+        detail = f"std {std:g}" + (f", groups of {size}" if size > 1 else "")
+        return Entry(name, shape, TIED if size > 1 else DRAWN, detail, (), rows)
+    if inner.startswith("shared.fc2."):
+        return Entry(
+            name, shape, ZERO, "the experts are all of the MLP", (), lambda: torch.zeros(shape)
+        )
+    return Entry(name, shape, SCRATCH)
+
+
+def effect_of(plan: Plan, recipes: Iterable[Recipe], facts: ExpertFacts | None) -> str:
+    """Say whether the blocks with experts compute what the dense ones did.
+
+    Exact needs weights of constant sum and, for parts of an MLP, each part equally weighted, which
+    virtual groups give: a token takes all G of a group, whose scores are equal.
+    """
+    made = [recipe for recipe in recipes if recipe.origin in (COPIED, SPLIT)]
+    if facts is None or not made:
+        return "none made of a dense MLP"
+    reasons = []
+    has_parts = any(recipe.num_shards > 1 for recipe in made)
+    if has_parts and plan.gate != "virtual_group":
+        reasons.append("a token's experts need not be all parts (init.gate=virtual_group)")
+    if not facts.sum_is_constant:
+        reasons.append(
+            f"weights sum to {facts.weight_sum:g} only at logits of zero (model.moe.normalize=true,"
+            " or a small init.gate_std)"
+        )
+    if reasons:
+        return f"the dense function approximately: {'; '.join(reasons)}"
+    is_disturbed = (has_parts and facts.is_noisy) or facts.drops_rows
+    caveat = ", but for what training does to the choice of experts" if is_disturbed else ""
+    return f"the dense function exactly{caveat}"
