@@ -34,18 +34,11 @@ from options import compose
 from options.schema import Config, walk
 from parallel import distributed, launch
 from parallel.distributed import World
-from training import network, prepare, scoring, stopping
+from training import loaders, network, scoring, stopping
 from training.logbook import print_table
+from training.network import name_options
 from weights import files as weight_files
-from weights.sources import (
-    BEST,
-    Choice,
-    Source,
-    name_options,
-    other_classes,
-    picked_metric,
-    read_source,
-)
+from weights.sources import BEST, Choice, Source, other_classes, picked_metric, read_source
 
 EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 69, 130
 GUESSES = 5
@@ -142,13 +135,13 @@ def score(
 
     `trained` are the classes' ids in training, if they are known.
     """
-    index = prepare.find_val_images(config, world)
+    index = loaders.find_val_images(config, world)
     if world.is_main and (others := other_classes(trained, index.classes)):
         print(f"note: {index.root}: {others}")
     num_classes = len(index.classes)
     sums_Y4 = scoring.score(
         model,
-        prepare.val_batches(config, index, world),
+        loaders.val_batches(config, index, world),
         device=world.device,
         dtype=next(model.parameters()).dtype,
     ).cpu()
@@ -186,7 +179,7 @@ def predict(
     Raises:
         ValueError: A file is no image that can be read.
     """
-    transform = prepare.val_transform(config)
+    transform = loaders.val_transform(config)
     parameter = next(model.parameters())
     found = {}
     for path in paths:

@@ -49,11 +49,12 @@ from types import FrameType
 from typing import NoReturn
 
 from options.model_options import ViTOptions
+from training.network import name_options
 from weights import files as weight_files
 from weights import formats
 from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
 from weights.formats import Json, MtlFile
-from weights.sources import BEST, Choice, Source, name_options, picked_metric, read_source
+from weights.sources import BEST, Choice, Source, picked_metric, read_source
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")

@@ -24,7 +24,7 @@ from routers.router import Router, Routing
 
 
 class Exchange(Protocol):
-    """Expert parallelism as this file needs it; see distributed.ExpertExchange."""
+    """Expert parallelism as this file needs it; see collectives.ExpertExchange."""
 
     @property
     def size(self) -> int:

@@ -28,19 +28,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moe
-from imagenet_dataset import Batch
 from images import feed
-from layers import modules
+from images.batches import Batch
+from layers import te
 from options import compose
 from options.schema import Config
-from parallel import distributed, launch, sharding
+from parallel import collectives, distributed, launch, sharding
 from parallel.distributed import World
-from training import distillation, expert_load, optim, prepare, pretrained, run_folder, scoring
+from training import (
+    distillation,
+    expert_load,
+    loaders,
+    optim,
+    prepare,
+    pretrained,
+    run_folder,
+    scoring,
+)
 from training.expert_load import ExpertLoad
 from training.logbook import Logbook, print_table
 from training.optim import Ema
-from training.prepare import Run
 from training.resume import Start, note_start, open_folder, open_logbook, resume
+from training.run import Run
 from training.saver import Saver
 from training.scoring import NonFiniteError
 from training.stopping import EXIT_STOPPED, Stopped, StopSignals, leave
@@ -94,7 +103,7 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
         image_BCHW, target = to_device(run, batch)
         distributed.seed_step(t.seed, step=step, microbatch=number, rank=run.world.rank)
         with sharding.microbatch(run.model, is_last=number == t.grad_accum_steps - 1):
-            with modules.fp8_context(run.config.model.te_fp8):
+            with te.fp8_context(run.config.model.te_fp8):
                 logits_BY = run.model(image_BCHW)
             loss = run.criterion(logits_BY, target, image_BCHW) * share
             balance = moe.balance_loss(run.model) * share
@@ -126,7 +135,7 @@ def validate(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
 
     sums_Y4 = scoring.score(
         run.model,
-        prepare.val_batches(run.config, run.val_index, run.world),
+        loaders.val_batches(run.config, run.val_index, run.world),
         device=run.world.device,
         dtype=run.dtype,
         after_batch=after_batch,
@@ -199,7 +208,7 @@ def fit(
         Stopped: On every rank, when a rank was asked to stop and the checkpoint is on disk.
     """
     t = run.config.training
-    batches = prepare.train_batches(run, start_step=start.step)
+    batches = loaders.train_batches(run, start_step=start.step)
     meter, images, train_s = Meter.start(run.world.device), 0, 0.0
     figures: dict[str, float] = {}
     for done in range(start.step + 1, t.steps + 1):
@@ -285,7 +294,7 @@ def train(config: Config, world: World) -> None:
     Raises:
         Stopped: On every rank, if a rank was asked to stop; the run can be resumed.
     """
-    distributed.require_equal("config", compose.to_yaml(config))
+    collectives.require_equal("config", compose.to_yaml(config))
     with StopSignals() as stop:
         run, choices = prepare.prepare(config, world)
         run = distillation.with_teacher(run)

@@ -15,7 +15,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from layers import init, modules, recompute
+from layers import init, modules, recompute, te
 from layers.modules import through
 from options.vit_options import VitOptions, require
 
@@ -67,7 +67,7 @@ class Block(nn.Module):
         self.ls2 = None if o.init_values is None else modules.LayerScale(dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else None
         if is_te:
-            modules.use_canonical_state_dict(self)
+            te.use_canonical_state_dict(self)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the block's output: x_BLD -> x_BLD. A norm that is None is inside TE's layer."""
@@ -118,7 +118,7 @@ class VisionTransformer(nn.Module):
         weight_init: "" (timm), "jax", "jax_nlhb" or "moco"; the table is in init.initial_value.
         fix_init: scale each block's output projections down with depth.
         grad_checkpointing: recompute each block in backward.
-        sdpa: the attention kernel of the blocks, "auto" or one of sdpa.KERNELS; backend torch.
+        sdpa: the attention kernel of the blocks, "auto" or one of modules.KERNELS; backend torch.
         backend: "torch" or "te", see layers.resolve_backend.
         ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP, whose
             options the other then sees to itself. A module of it whose
@@ -192,7 +192,7 @@ class VisionTransformer(nn.Module):
             num_classes=num_classes,
             sincos_hw=self.options.grid_hw if pos_embed == "sincos" else None,
         )
-        init.attach(self, scheme, canonical_name=modules.canonical_name)
+        init.attach(self, scheme, canonical_name=te.canonical_name)
 
     def _build_stem(self, o: VitOptions) -> None:
         dim = o.embed_dim

@@ -39,7 +39,7 @@ from torch.multiprocessing.spawn import spawn
 import checkpoint
 from benchmarks import common, folders
 from options import compose
-from parallel import distributed
+from parallel import collectives, distributed
 from training import prepare
 from training.run_folder import Swept
 from weights import dcp_writer
@@ -209,7 +209,7 @@ def measure(place: Place) -> Times:
         saver.worker.wait_ready()
         for number in range(place.repeats + WARM_UP):
             one_round(place, saver, times, is_checked=number == 0)
-            is_late = distributed.from_main(time.monotonic() - started > place.limit_s)
+            is_late = collectives.from_main(time.monotonic() - started > place.limit_s)
             if is_late and number + 1 >= FEWEST_ROUNDS + WARM_UP:
                 break
     finally:
@@ -236,7 +236,7 @@ def run_rank(rank: int, arguments: argparse.Namespace, root: Path) -> None:
         folders.images(num_classes=folders.CLASSES) as images,
         distributed.process_group(arguments.device, timeout_s=600) as world,
     ):
-        options = folders.options(distributed.from_main(images))
+        options = folders.options(collectives.from_main(images))
         config = compose.compose(arguments.config_name, [*options, *arguments.overrides])
         run, _ = prepare.prepare(config, world)
         tensors = run.tensors()

@@ -28,10 +28,11 @@ import torch
 
 import train
 from benchmarks import common, jpegs, steps
-from imagenet_dataset import Batch
+from images.batches import Batch
 from options import compose
 from parallel import distributed
-from training import prepare
+from training import loaders, prepare
+from training.run import Run
 
 SYNTHETIC, ALONE, FED = "synthetic", "loader alone", "fed"
 PREFETCHED = 2  # batches that each worker holds ready, at most
@@ -62,7 +63,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def blocks_of(run: prepare.Run, batches: Iterator[Batch]) -> dict[str, Block]:
+def blocks_of(run: Run, batches: Iterator[Batch]) -> dict[str, Block]:
     """Return what each way does for a number of steps."""
     device = run.world.device
     synthetic = steps.sharded_step(run, steps.make_batch(run.config, device))
@@ -83,12 +84,10 @@ def blocks_of(run: prepare.Run, batches: Iterator[Batch]) -> dict[str, Block]:
     return {SYNTHETIC: still, ALONE: alone, FED: fed}
 
 
-def measure(
-    run: prepare.Run, *, block_steps: int, blocks: int, limit_s: float
-) -> dict[str, list[float]]:
+def measure(run: Run, *, block_steps: int, blocks: int, limit_s: float) -> dict[str, list[float]]:
     """Return milliseconds per step of each way and block."""
     device, num_ready = run.world.device, PREFETCHED * run.config.dataset.num_workers
-    ways = blocks_of(run, prepare.train_batches(run, start_step=0))
+    ways = blocks_of(run, loaders.train_batches(run, start_step=0))
     times: dict[str, list[float]] = {name: [] for name in ways}
     started = time.monotonic()
     for number in range(blocks + 1):

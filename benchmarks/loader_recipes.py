@@ -24,13 +24,13 @@ from benchmarks import common
 from benchmarks.decoders import Timing
 from benchmarks.jpegs import QUALITY, SIZE, make_images
 from benchmarks.loader import BATCH, measure, ours, parse, ratio, rival, timed
-from imagenet_dataset import Batch
 from images import augment
+from images.batches import Batch
 from images.decoding import pick_decoder
 from images.mixing import Eraser
 from options import compose
 from options.schema import Config
-from training import prepare
+from training import loaders, prepare
 
 RECIPES = ("deit_base", "deit3_base")
 
@@ -77,7 +77,7 @@ def build(root: Path, workers: int, *, steps: int) -> dict[str, Callable[[], Tim
             workers,
             decoder=pick_decoder("auto")[0],
             steps=steps,
-            transform=prepare.train_transform(config),
+            transform=loaders.train_transform(config),
         )
         eraser = prepare.build_eraser(config, torch.device("cpu"))
         finish = partial(erase, eraser) if eraser else None

@@ -27,11 +27,12 @@ from benchmarks import common, folders, steps
 from benchmarks.clock import Run, clock_of, interleave
 from benchmarks.moe_check import library_errors
 from benchmarks.moe_kernels import PEAK_BYTES
-from layers import modules
+from layers import te
 from options import compose
 from options.schema import Config
 from parallel import distributed, sharding
 from training import prepare
+from training import run as training_run
 
 STREAM = "stream"  # of a large buffer, beside the updates, for the floor
 REFERENCE, OURS, TE = "AdamW, loop", "moevit", "TE FusedAdam"
@@ -82,7 +83,7 @@ class Plain:
 class Sharded:
     """Our optimizer over the shards of a run of one rank, with the given gradients."""
 
-    def __init__(self, run: prepare.Run, grads: dict[str, Tensor]) -> None:
+    def __init__(self, run: training_run.Run, grads: dict[str, Tensor]) -> None:
         self.run = run
         for group in run.optimizer.param_groups:
             group["lr"], group["weight_decay"] = run.config.optimizer.lr, 0.0
@@ -109,7 +110,7 @@ def te_adam(
     """
     if device.type != "cuda":
         raise ValueError("needs CUDA")
-    modules.transformer_engine()
+    te.transformer_engine()
     fused = importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam
     probe = nn.Parameter(torch.ones(8, device=device))
     probe.grad = torch.ones_like(probe)

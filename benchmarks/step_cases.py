@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import moe
 from benchmarks import folders, steps
 from benchmarks.steps import Step
-from imagenet_dataset import Batch
+from images.batches import Batch
 from moe_kernels.torch_ffn import activate
 from options import compose
 from options.schema import Config

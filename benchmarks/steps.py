@@ -20,10 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import train
-from imagenet_dataset import Batch
-from layers import modules
+from images.batches import Batch
+from layers import te
 from options.schema import Config
-from training import losses, network, optim, prepare
+from training import losses, network, optim
+from training.run import Run
 from vit import VisionTransformer
 
 Step = Callable[[], Tensor]
@@ -114,7 +115,7 @@ def fsdp2_step(
     return plain_step(model, config, batch)
 
 
-def sharded_step(run: prepare.Run, batch: Batch) -> Step:
+def sharded_step(run: Run, batch: Batch) -> Step:
     """Return one step of our loop; its loss is this rank's share of the mean over all ranks."""
     numbers = itertools.count()
 
@@ -147,7 +148,7 @@ def loss_fault(loss: float, reference: float, *, dtype: torch.dtype) -> str | No
 def te_reason() -> str | None:
     """Say why TransformerEngine does not import here, None if it does."""
     try:
-        modules.transformer_engine()
+        te.transformer_engine()
     except ImportError as error:
         return str(error)
     return None

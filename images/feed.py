@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DataLoader
 
-from imagenet_dataset import BadImage, Batch
 from images.augment import Normaliser
+from images.batches import BadImage, Batch
 
 Gather = Callable[[list[BadImage]], list[BadImage]]
 AGREE_EVERY = 32  # batches between two counts over all ranks

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from imagenet_dataset import BadImage
 from images import archives, duplicates
 from images import cache as index_cache
 from images import index as image_index
+from images.batches import BadImage
 from images.cache import Cached
 from images.feed import Tolerance
 from images.index import ImageIndex, Split
-from parallel import distributed
+from parallel import collectives
 from parallel.distributed import World
 
 
@@ -53,7 +53,7 @@ def find_index(
         ValueError, OSError: On every rank, if any cannot index the images.
     """
     refresh = partial(_try_refresh, root, split, folder, prints_s)
-    first = distributed.from_main(refresh() if world.is_main else None)
+    first = collectives.from_main(refresh() if world.is_main else None)
     mine: Cached | Exception | None = first if isinstance(first, Exception) else None
     if mine is None and world.local_rank == 0:
         assert isinstance(first, Cached), "rank 0 made it"
@@ -92,7 +92,7 @@ def check_splits(train: ImageIndex, val: ImageIndex, world: World, *, copies: st
     image_index.check_every_class(val)
     if copies == "ignore":
         return
-    lines = distributed.from_main(_copies(train, val) if world.is_main else [])
+    lines = collectives.from_main(_copies(train, val) if world.is_main else [])
     if lines and copies == "stop":
         raise ValueError(f"config dataset.duplicates=stop: {'; '.join(lines)}")
     for line in lines if world.is_main else []:

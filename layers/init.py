@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.seeds import stable_seed
-
-WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco")
+from parallel.sharding import keep_full_precision
 
 TOKEN_STD = {"cls_token": 1e-6, "reg_token": 1e-6, "pos_embed": 0.02, "dist_token": 0.02}
 HEADS = ("head.", "head_dist.")
@@ -201,17 +200,6 @@ def _by_name(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generat
     if last == "bias" and len(shape) == 1:
         return _linear_bias(name, shape, scheme=scheme, rng=rng)
     raise TypeError(f"{name}: no init rule; the module that owns it needs `initial_value`")
-
-
-def keep_full_precision(parameter: Tensor, value: Tensor) -> None:
-    """Let Megatron-FSDP start the main weight from `value`, not from its rounding in `parameter`.
-
-    The attributes are the protocol by which it asks TransformerEngine's fp8 parameters for theirs.
-    """
-    parameter.get_high_precision_init_val = lambda: value  # type: ignore[attr-defined]
-    parameter.clear_high_precision_init_val = lambda: vars(parameter).pop(  # type: ignore[attr-defined]
-        "get_high_precision_init_val"
-    )
 
 
 @torch.no_grad()

@@ -3,152 +3,20 @@
     x_BLD -> qkv (te: LayerNorm fused in) -> q, k, v BLAK -> fused attention -> proj -> x_BLD
     x_BLD -> fc1 (te: LayerNorm fused in) -> exact GELU -> fc2 -> x_BLD
 
-The only file that imports transformer_engine, in `transformer_engine()`. What is fused is hidden
-from everyone else by `canonical_name` and `use_canonical_state_dict`. No blocks, no model here.
+What TransformerEngine fuses is hidden from everyone else by te.py. No blocks, no model here.
 """
 
 import contextlib
-import importlib
-import re
-from types import ModuleType
-from typing import Protocol
+import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import sdpa
+from layers import te
 
-BACKENDS = ("torch", "te")
-FP8_RECIPES = ("delayed", "current")
 LAYER_NORM_EPS = 1e-6  # timm's, and what pretrained weights expect; torch's default is 1e-5
-FP8_MULTIPLE = 16  # cuBLAS fp8 GEMMs want every dimension in multiples of 16
-
-
-def transformer_engine() -> ModuleType:
-    """Return `transformer_engine.pytorch`.
-
-    Raises:
-        ImportError: it is not installed, or it is broken; the message has the reason.
-    """
-    try:
-        return importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        raise ImportError(
-            f"config model.backend=te: transformer_engine.pytorch does not import ({error}); "
-            "install it or use backend=torch"
-        ) from error
-
-
-def resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """Return the backend to build for `device`, and the reason for the choice, to be logged.
-
-    Raises:
-        ValueError: unknown backend, or `te` without CUDA.
-        ImportError: `te` was asked for by name and does not import.
-    """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"config model.backend={backend}: must be auto, torch or te")
-    if backend == "torch":
-        return "torch", "as configured"
-    if device.type != "cuda":
-        if backend == "te":
-            raise ValueError(
-                f"config model.backend=te: TransformerEngine needs CUDA, device is {device} "
-                "(use torch or auto)"
-            )
-        return "torch", f"auto: TransformerEngine needs CUDA, device is {device}"
-    try:
-        transformer_engine()
-    except ImportError as error:
-        if backend == "te":
-            raise
-        return "torch", f"auto: {error}"
-    return "te", "as configured" if backend == "te" else "auto: CUDA, and TransformerEngine imports"
-
-
-def fp8_context(recipe_name: str | None) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which TE layers run their matrix products in fp8; None: no change.
-
-    Enter it around the forward pass only. Formats: e4m3 forward, e5m2 for gradients.
-
-    Raises:
-        ValueError: the recipe is not one of FP8_RECIPES.
-    """
-    if recipe_name is None:
-        return contextlib.nullcontext()
-    if recipe_name not in FP8_RECIPES:
-        raise ValueError(f"config model.te_fp8={recipe_name}: must be null, delayed or current")
-    te = transformer_engine()
-    recipes = importlib.import_module("transformer_engine.common.recipe")
-    kinds = {"delayed": recipes.DelayedScaling, "current": recipes.Float8CurrentScaling}
-    return te.autocast(enabled=True, recipe=kinds[recipe_name]())
-
-
-def check_fp8_shapes(*, embed_dim: int, hidden_dim: int, batch_size: int, num_tokens: int) -> None:
-    """Refuse sizes whose matrix products cannot run in fp8.
-
-    Raises:
-        ValueError: a width, or batch_size * num_tokens, is not a multiple of 16.
-    """
-    sizes = {
-        "model.vit.embed_dim": (embed_dim, embed_dim),
-        "model.vit.mlp_ratio": (hidden_dim / embed_dim, hidden_dim),
-        "dataset.train.batch_size": (batch_size, batch_size * num_tokens),
-    }
-    for field, (value, size) in sizes.items():
-        if size % FP8_MULTIPLE:
-            raise ValueError(
-                f"config {field}={value:g}: te_fp8 needs multiples of {FP8_MULTIPLE}, this gives "
-                f"{size} (tokens per image: {num_tokens})"
-            )
-
-
-def canonical_name(parameter_name: str) -> str:
-    """Return the name under which the torch backend, timm and checkpoints know a parameter.
-
-    `blocks.0.attn.qkv.layer_norm_weight` -> `blocks.0.norm1.weight`, and fc1 -> norm2 likewise.
-    Any other name is returned as it is.
-    """
-    name = re.sub(r"(?<![^.])attn\.qkv\.layer_norm_(?=weight$|bias$)", "norm1.", parameter_name)
-    return re.sub(r"(?<![^.])mlp\.fc1\.layer_norm_(?=weight$|bias$)", "norm2.", name)
-
-
-def _is_extra_state(name: str) -> bool:
-    return name.endswith("._extra_state")  # TE's fp8 scaling history, rebuilt within steps
-
-
-def _rename_saved(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: dict[str, int]
-) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        value = state_dict.pop(key)
-        if not _is_extra_state(key):
-            state_dict[prefix + canonical_name(key[len(prefix) :])] = value
-
-
-def _rename_loaded(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
-) -> None:
-    for name, _parameter in module.named_parameters():
-        if canonical_name(name) != name and prefix + canonical_name(name) in state_dict:
-            state_dict[prefix + name] = state_dict.pop(prefix + canonical_name(name))
-
-
-class _IncompatibleKeys(Protocol):
-    missing_keys: list[str]
-
-
-def _forget_extra_state(module: nn.Module, incompatible_keys: _IncompatibleKeys) -> None:
-    kept = [key for key in incompatible_keys.missing_keys if not _is_extra_state(key)]
-    incompatible_keys.missing_keys[:] = kept
-
-
-def use_canonical_state_dict(block: nn.Module) -> None:
-    """Make state_dict() and load_state_dict() of a TE block use the names of the torch backend."""
-    block.register_state_dict_post_hook(_rename_saved)
-    block.register_load_state_dict_pre_hook(_rename_loaded)
-    block.register_load_state_dict_post_hook(_forget_extra_state)
 
 
 def _unfilled(meta_module: nn.Module) -> nn.Module:
@@ -166,11 +34,11 @@ def linear(
     if backend == "torch":
         assert not has_norm, "only TE has a fused LayerNorm + Linear"
         return _unfilled(nn.Linear(in_dim, out_dim, bias=bias, device="meta"))
-    te = transformer_engine()
+    engine = te.transformer_engine()
     if not has_norm:
-        return _unfilled(te.Linear(in_dim, out_dim, bias=bias, device="meta"))
+        return _unfilled(engine.Linear(in_dim, out_dim, bias=bias, device="meta"))
     return _unfilled(
-        te.LayerNormLinear(in_dim, out_dim, eps=LAYER_NORM_EPS, bias=bias, device="meta")
+        engine.LayerNormLinear(in_dim, out_dim, eps=LAYER_NORM_EPS, bias=bias, device="meta")
     )
 
 
@@ -196,11 +64,66 @@ class LayerScale(nn.Module):
         return x_BLD * self.gamma
 
 
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def only(name: str) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which attention runs in kernel `name` or fails; auto: torch's choice.
+
+    The backward pass uses the kernel of its forward pass, wherever it runs.
+    """
+    return contextlib.nullcontext() if name == "auto" else sdpa_kernel(KERNELS[name])
+
+
+def _works(name: str, shape_BLAK: tuple[int, ...], drop: float, like: torch.Tensor) -> bool:
+    """Return whether a kernel computes attention forward and backward, by trying it."""
+    x_BLAK = like.new_zeros(shape_BLAK).requires_grad_()
+    q_BALK = x_BLAK.transpose(1, 2)
+    try:
+        # torch warns of the reason why each kernel cannot be used, and then raises.
+        with warnings.catch_warnings(action="ignore"), only(name):
+            y_BALK = functional.scaled_dot_product_attention(q_BALK, q_BALK, q_BALK, dropout_p=drop)
+        y_BALK.sum().backward()
+        y_BALK.sum().item()  # what fails on the device is reported when it is waited for
+    except RuntimeError:
+        return False
+    return True
+
+
+def usable_kernels(
+    *, device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int, drop: float = 0.0
+) -> tuple[str, ...]:
+    """Return the kernels that compute attention of this kind on the device, by trying each.
+
+    `drop` is the dropout on attention weights, which some kernels do not have.
+    """
+    like = torch.empty(0, device=device, dtype=dtype)
+    shape_BLAK = (2, num_tokens, 2, head_dim)
+    return tuple(name for name in KERNELS if _works(name, shape_BLAK, drop, like))
+
+
+def check_kernel(name: str, usable: tuple[str, ...], *, where: str) -> None:
+    """Refuse a kernel that does not work; `where` says for what, in the message.
+
+    Raises:
+        ValueError: It is not one of `usable`.
+    """
+    if name != "auto" and name not in usable:
+        raise ValueError(
+            f"config model.sdpa={name}: does not work for {where} (use auto, {', '.join(usable)})"
+        )
+
+
 class ScaledDotProduct(nn.Module):
     """Softmax attention without a mask, in fused kernels. Owns no parameters.
 
     TE's kernels are for 16-bit numbers; elsewhere it would build the L x L softmax in Python, so
-    there torch's are used with either backend, and among them `kernel`, see sdpa.py.
+    there torch's are used with either backend, and among them `kernel`, see `only`.
     """
 
     def __init__(
@@ -215,7 +138,7 @@ class ScaledDotProduct(nn.Module):
         """Return softmax(q k^T / sqrt(K)) v with heads side by side: BLAK, BLAK, BLAK -> BLD."""
         if self.te_core is not None and q_BLAK.dtype in (torch.float16, torch.bfloat16):
             return self.te_core(q_BLAK, k_BLAK, v_BLAK)
-        with sdpa.only(self.kernel):
+        with only(self.kernel):
             y_BALK = functional.scaled_dot_product_attention(
                 q_BLAK.transpose(1, 2),
                 k_BLAK.transpose(1, 2),
@@ -223,16 +146,6 @@ class ScaledDotProduct(nn.Module):
                 dropout_p=self.drop if self.training else 0.0,
             )
         return y_BALK.transpose(1, 2).flatten(2)
-
-
-def _te_attention(num_heads: int, head_dim: int, *, drop: float) -> nn.Module:
-    return transformer_engine().DotProductAttention(
-        num_heads,
-        head_dim,
-        attention_dropout=drop,
-        qkv_format="bshd",
-        attn_mask_type="no_mask",
-    )
 
 
 class Attention(nn.Module):
@@ -257,7 +170,7 @@ class Attention(nn.Module):
         self.qkv = linear(dim, 3 * dim, bias=qkv_bias, backend=backend, has_norm=backend == "te")
         self.q_norm = layer_norm(dim // num_heads) if qk_norm else None
         self.k_norm = layer_norm(dim // num_heads) if qk_norm else None
-        te_core = _te_attention(*self.head_shape, drop=attn_drop) if backend == "te" else None
+        te_core = te.attention_core(*self.head_shape, drop=attn_drop) if backend == "te" else None
         self.core = ScaledDotProduct(drop=attn_drop, kernel=kernel, te_core=te_core)
         self.norm = layer_norm(dim) if scale_norm else None
         self.proj = linear(dim, dim, bias=proj_bias, backend=backend)

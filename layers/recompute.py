@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from layers import modules
+from layers import te
 
 
 @runtime_checkable
@@ -38,7 +38,7 @@ def checkpoint(block: nn.Module, x_BLD: Tensor, *, backend: str) -> Tensor:
     """
     run = torch.utils.checkpoint.checkpoint
     if backend == "te":
-        run = modules.transformer_engine().checkpoint
+        run = te.transformer_engine().checkpoint
     return run(
         block,
         x_BLD,

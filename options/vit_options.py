@@ -10,12 +10,11 @@ import math
 
 import torch
 
-from layers.init import WEIGHT_INITS
-from layers.modules import BACKENDS
-from layers.sdpa import KERNELS
-
 POOLS = ("token", "avg", "map", "max", "avgmax", "")
 POS_EMBEDS = ("learn", "sincos", "none")
+WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco")
+KERNELS = ("flash", "cudnn", "efficient", "math")
+BACKENDS = ("torch", "te")
 
 
 def require(is_ok: bool, field: str, value: object, allowed: str) -> None:

@@ -12,8 +12,6 @@ collectives; on CUDA it does not exist.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from layers import init
+from parallel import cpu_shim
 from parallel.distributed import Meshes
 
 with warnings.catch_warnings():
@@ -36,98 +34,15 @@ with warnings.catch_warnings():
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
-class _Finished:
-    """A handle of a collective, stream or event that has nothing left to wait for."""
+def keep_full_precision(parameter: Tensor, value: Tensor) -> None:
+    """Let Megatron-FSDP start the main weight from `value`, not from its rounding in `parameter`.
 
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def wait(self, *_: object) -> None: ...
-
-    wait_stream = wait_event = synchronize = record = wait
-
-    def record_event(self, *_: object) -> _Finished:
-        return _Finished()
-
-    def query(self) -> bool:
-        return True
-
-
-class _Forward:
-    """An object that answers with its own attributes first and the wrapped module's after."""
-
-    def __init__(self, target: object, **own: object) -> None:
-        self.__dict__.update(own, _target=target)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._target, name)
-
-
-def _cpu_tensor(*args: object, **kwargs: object) -> Tensor:
-    """`torch.tensor` whose result stays on the CPU when the library calls `.cuda()` on it."""
-    tensor = torch.tensor(*args, **kwargs)  # type: ignore[arg-type]
-    tensor.cuda = lambda *_, **__: tensor  # type: ignore[method-assign]
-    return tensor
-
-
-def _all_gather(
-    output_tensor: Tensor, input_tensor: Tensor, *, group: dist.ProcessGroup, **_: object
-) -> _Finished:
-    """Gather and block: coalesced asynchronous collectives on gloo end in SIGSEGV now and then."""
-    if group.size() == 1:
-        output_tensor.copy_(input_tensor)
-    else:  # of a list: gloo takes 1.3 times as long to gather into one tensor
-        parts = list(output_tensor.view(group.size(), -1).unbind())
-        dist.all_gather(parts, input_tensor, group=group)
-    return _Finished()
-
-
-def _reduce_scatter(output: Tensor, input: Tensor, *, op: object, group: dist.ProcessGroup) -> None:
-    """Exchange parts and add them up, in rank order: gloo's own takes twice as long."""
-    assert op == dist.ReduceOp.SUM, f"{op}: gradients are sums"
-    if group.size() > 1:
-        received = torch.empty_like(input)
-        dist.all_to_all_single(received, input, group=group)
-        torch.sum(received.view(group.size(), -1), dim=0, out=output)
-    elif output.data_ptr() != input.data_ptr():
-        output.copy_(input)
-
-
-def _all_reduce(tensor: Tensor, *, op: dist.ReduceOp, group: dist.ProcessGroup) -> None:
-    if group.size() > 1:
-        dist.all_reduce(tensor, op=op, group=group)
-
-
-@contextlib.contextmanager
-def _no_coalescing(*_: object, **__: object) -> Iterator[_Finished]:
-    yield _Finished()
-
-
-def _install_cpu_shim() -> None:
-    """Give the library's modules a `torch` with CPU streams; `torch` itself stays as it is."""
-    cuda = _Forward(
-        torch.cuda,
-        Stream=_Finished,
-        Event=_Finished,
-        current_stream=_Finished,
-        stream=lambda _: contextlib.nullcontext(),
-        current_device=lambda: 0,
-        synchronize=lambda *_: None,
-        empty_cache=lambda: None,
-        is_available=lambda: False,
+    The attributes are the protocol by which it asks TransformerEngine's fp8 parameters for theirs.
+    """
+    parameter.get_high_precision_init_val = lambda: value  # type: ignore[attr-defined]
+    parameter.clear_high_precision_init_val = lambda: vars(parameter).pop(  # type: ignore[attr-defined]
+        "get_high_precision_init_val"
     )
-    distributed = _Forward(
-        dist,
-        all_gather_into_tensor=_all_gather,
-        reduce_scatter_tensor=_reduce_scatter,
-        all_reduce=_all_reduce,
-    )
-    proxy = _Forward(torch, cuda=cuda, distributed=distributed, tensor=_cpu_tensor)
-    for name in ("megatron_fsdp", "param_and_grad_buffer", "uneven_dtensor", "utils"):
-        vars(importlib.import_module(f"megatron_fsdp.{name}"))["torch"] = proxy
-    buffers = importlib.import_module("megatron_fsdp.param_and_grad_buffer")
-    vars(buffers)["_coalescing_manager"] = _no_coalescing
-    # "using device cpu instead of the current device cuda:0": meant, and said once per rank.
-    logging.getLogger("megatron_fsdp.megatron_fsdp").setLevel(logging.ERROR)
 
 
 def strategy_name(strategy: str | int) -> str:
@@ -163,7 +78,7 @@ def shard_model(
         assert is_expert == (".experts." in name), f"{name} is half an expert"
     device = torch.device(meshes.dense.device_type)
     if device.type == "cpu":
-        _install_cpu_shim()
+        cpu_shim.install()
     else:
         device = torch.device("cuda", torch.cuda.current_device())
     is_meta = any(parameter.is_meta for parameter in model.parameters())
@@ -181,7 +96,7 @@ def shard_model(
         }
     if not is_meta and compute_dtype != torch.float32:
         for parameter in model.parameters():
-            init.keep_full_precision(parameter, parameter.detach().clone())
+            keep_full_precision(parameter, parameter.detach().clone())
     # None: the weights that the forward uses are the main weights, without a copy.
     main_dtype = None if compute_dtype == torch.float32 else torch.float32
     return fully_shard_model(

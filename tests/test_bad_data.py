@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from imagenet_dataset import NOT_COUNTED, train_loader, val_loader
+from imagenet_dataset import train_loader, val_loader
 from images import decoding, feed, image_reader
 from images import shards as tar_shards
 from images.augment import Normaliser, drawing_from, train_transform, val_transform
+from images.batches import NOT_COUNTED
 from images.decoding import UnreadableError, pick_decoder, read_header, rgb, rgb_of_box
 from images.feed import Feed, Tolerance
 from images.image_order import epoch_permutation
@@ -494,7 +495,7 @@ def test_a_dataset_of_bad_images_only_ends(root):
 def count_bad(world, config):
     run, _ = prepare.prepare(config, world)
     try:
-        for _ in prepare.train_batches(run, start_step=0):
+        for _ in loaders.train_batches(run, start_step=0):
             pass
     except ValueError as error:
         return str(error)

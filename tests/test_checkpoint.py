@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint
-from weights import dcp_writer
+from weights import dcp_writer, verify
 
 
 def tensors(value: float, **extra) -> dict:
@@ -119,7 +119,7 @@ def test_state_of_another_schema_or_without_a_step_is_refused(ranks, tmp_path):
         manifest["files"]["state.json"] = facts
         (folder / "manifest.json").write_bytes(dcp_writer.encode(manifest))
         with pytest.raises(ValueError, match=message):
-            checkpoint.verify(folder)
+            verify.verify(folder)
 
 
 def test_folders_that_only_look_like_checkpoints_are_ignored(ranks, tmp_path):
@@ -249,7 +249,7 @@ def test_what_others_could_have_written_is_refused(ranks, tmp_path, where, spoil
     folder = tmp_path / names[1]
     spoil(folder if where == "folder" else folder / where)
     with pytest.raises(ValueError, match=rf"step_2.* {message}"):
-        checkpoint.verify(folder)
+        verify.verify(folder)
     assert ranks(1, newest, tmp_path)[0][0] == 1
 
 
@@ -258,7 +258,7 @@ def test_roots_checkpoints_are_for_every_user(ranks, tmp_path, monkeypatch):
         pytest.skip("needs files of root")
     folder = tmp_path / ranks(1, save_steps, tmp_path, [1])[0][0]
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    assert checkpoint.verify(folder).step == 1
+    assert verify.verify(folder).step == 1
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
@@ -349,7 +349,7 @@ def test_the_digests_are_of_what_was_meant_not_of_what_is_on_disk(ranks, tmp_pat
 
     folder = ranks(1, save_damaged)[0]
     with pytest.raises(ValueError, match=r"__0_0.distcp sha256 \w{8} != manifest \w{8}"):
-        checkpoint.verify(folder)
+        verify.verify(folder)
 
 
 def test_ranks_whose_tensors_differ_from_the_checkpoint_all_stop(ranks, tmp_path):

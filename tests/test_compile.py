@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 import evaluate
 import train
 import vit
-from imagenet_dataset import Batch
 from images.augment import Normaliser
+from images.batches import Batch
 from images.feed import Feed, Tolerance
 from images.mixing import Mixer
 from layers import compile as block_compile
-from layers import sdpa
-from parallel import distributed, sharding
+from layers import modules
+from parallel import collectives, sharding
 from tests.test_moe_layer import WaitCounter
 from tests.test_train import digest
 from training import losses, network, prepare
@@ -305,13 +305,13 @@ def test_evaluate_refuses_what_is_for_training(override, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_usable_kernel_computes_the_same_attention_and_no_other_runs(dtype):
     sizes = {"head_dim": 12, "num_tokens": 21}
-    usable = sdpa.usable_kernels(device=CPU, dtype=dtype, **sizes)
+    usable = modules.usable_kernels(device=CPU, dtype=dtype, **sizes)
     assert usable == ("flash", "math")
     q, k, v = torch.randn(3, 2, 3, 21, 12, dtype=dtype)
     attend = torch.nn.functional.scaled_dot_product_attention
     tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
-    for name in sdpa.KERNELS:
-        with sdpa.only(name):
+    for name in modules.KERNELS:
+        with modules.only(name):
             if name in usable:
                 torch.testing.assert_close(attend(q, k, v), attend(q, k, v), **tolerance)
             else:
@@ -453,7 +453,7 @@ def test_ranks_agree_to_stop_without_waiting_in_a_step(ranks):
         if world.rank == 1:
             stop._name = "SIGTERM"
         found += [stop.agreed_before(), stop.agreed_before(), stop.agreed()]
-        distributed.require_equal("other collectives", "in between")
+        collectives.require_equal("other collectives", "in between")
         return found
 
     assert ranks(2, answers) == [[False, False, True, True]] * 2

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe
 import train
 import vit
-from layers import modules
+from layers import modules, te
 from options import checks, compose, schema
 from options.model_options import MoEOptions, ViTOptions
 from options.schema import DistillationOptions, InitOptions
-from parallel import distributed
+from parallel import collectives
 from training import network, prepare
 
 ROOT = compose.CONFIG_DIR.parent
@@ -607,7 +607,7 @@ def test_dataset_with_the_right_classes_is_prepared(ranks, tmp_path):
 def _require_equal_message(world):
     text = compose.to_yaml(compose.compose("vit_tiny_patch8_64", [f"training.seed={world.rank}"]))
     try:
-        distributed.require_equal("config", text)
+        collectives.require_equal("config", text)
     except ValueError as error:
         return str(error)
     return "equal"
@@ -625,7 +625,7 @@ def test_missing_transformer_engine_ends_the_command_with_one_line(monkeypatch, 
 
     monkeypatch.setattr(modules, "transformer_engine", no_engine)
     cuda = torch.device("cuda")
-    monkeypatch.setattr(train, "parse", lambda _: modules.resolve_backend("te", cuda))
+    monkeypatch.setattr(train, "parse", lambda _: te.resolve_backend("te", cuda))
     assert train.main([]) == train.EXIT_OPTIONS
     (line,) = capsys.readouterr().err.splitlines()
     assert "config model.backend=te" in line

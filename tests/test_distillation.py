@@ -14,7 +14,7 @@ import train
 from parallel import distributed
 from tests.test_sharding import parts, worst_error
 from tests.test_vit import relative_error
-from training import distillation, losses, network, prepare
+from training import distillation, loaders, losses, network, prepare
 from training.distillation import Teacher
 from vit import VisionTransformer
 from weights.sources import Choice, read_source
@@ -182,7 +182,7 @@ def options_of(resnet_file, *more):
 def trained(world, config):
     run, _ = prepare.prepare(config, world)
     run = distillation.with_teacher(run)
-    batches = prepare.train_batches(run, start_step=0)
+    batches = loaders.train_batches(run, start_step=0)
     meter = train.Meter.start(world.device)
     for step in range(config.training.steps):
         train.train_step(run, batches, step=step, meter=meter)
@@ -203,7 +203,7 @@ def test_two_ranks_and_two_microbatches_learn_the_same_from_a_teacher(
 
 def first_loss(world, config):
     run, _ = prepare.prepare(config, world)
-    batch = next(prepare.train_batches(run, start_step=0))
+    batch = next(loaders.train_batches(run, start_step=0))
     image_BCHW, target = train.to_device(run, batch)
     plain_BY = run.model(image_BCHW)
     run = distillation.with_teacher(run)

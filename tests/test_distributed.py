@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import train
-from parallel import distributed, launch
+from parallel import collectives, distributed, launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,12 +180,12 @@ def test_a_mesh_that_is_not_the_world_is_refused_with_its_product(ranks):
 
 def test_rank_0_decides_and_differences_are_named(ranks):
     def decide(world):
-        chosen = distributed.from_main(f"choice of {world.rank}")
-        distributed.require_equal("config", "same")
+        chosen = collectives.from_main(f"choice of {world.rank}")
+        collectives.require_equal("config", "same")
         with pytest.raises(
             ValueError, match="config differs between ranks: rank 0: a0; rank 1: a1"
         ):
-            distributed.require_equal("config", f"a{world.rank}")
+            collectives.require_equal("config", f"a{world.rank}")
         return chosen
 
     assert ranks(2, decide) == ["choice of 0"] * 2

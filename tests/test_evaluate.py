@@ -21,7 +21,7 @@ from images.image_reader import decode_rgb
 from options import compose
 from options.model_options import MoEOptions
 from options.schema import CheckpointOptions
-from training import network, prepare
+from training import loaders, network
 
 ROOT = Path(train.__file__).parent
 
@@ -119,7 +119,7 @@ def test_image_files_get_the_models_probabilities(ranks, trained, image_folder, 
     export.main([str(folder), "--to", "torch", "--output", str(exported)])
     model = network.build_model(config, backend="torch", on_meta=False).eval()
     model.load_state_dict(torch.load(exported, weights_only=True)["model"])
-    image_CHW = prepare.val_transform(config)(decode_rgb(path))
+    image_CHW = loaders.val_transform(config)(decode_rgb(path))
     share_Y = F.softmax(model(image_CHW[None])[0], dim=0).tolist()
     expected = sorted(zip(["ant", "bee", "cat"], share_Y, strict=True), key=lambda p: -p[1])
     assert [name for name, _ in found[str(path)]] == [name for name, _ in expected]

@@ -31,6 +31,7 @@ from tests.test_formats import (
 from tests.test_moe import moe_vit, save_weights
 from training import pretrained
 from weights import files as weight_files
+from weights import verify
 from weights.sources import Choice, read_source
 
 
@@ -95,7 +96,7 @@ def test_there_and_back_is_the_checkpoint_bit_for_bit(moe_run, tmp_path, to):
     assert convert(root, "--to", to, "--output", out) == 0
     assert convert(out, "--to", "dcp", "--output", tmp_path / "back") == 0
     assert_equal(model_in(tmp_path / "back"), plus(weights, 3))
-    found = checkpoint.verify(tmp_path / "back")
+    found = verify.verify(tmp_path / "back")
     assert found.state["config"]["model"]["vit"]["num_heads"] == HEADS
     assert convert(tmp_path / "back", "--to", to, "--output", tmp_path / "again" / out.name) == 0
     if to == "torch":
@@ -106,7 +107,7 @@ def test_there_and_back_is_the_checkpoint_bit_for_bit(moe_run, tmp_path, to):
 
 def load_model(world, folder, model):
     tensors = {"model": {name: torch.zeros_like(t) for name, t in model.state_dict().items()}}
-    checkpoint.load(checkpoint.verify(folder), tensors)
+    checkpoint.load(verify.verify(folder), tensors)
     return tensors["model"]
 
 
@@ -203,7 +204,7 @@ def test_timm_weights_become_a_checkpoint_of_a_recipe(tmp_path, capsys):
     assert "missing head.bias, missing head.weight" in line
     assert convert(*to_dcp, *recipe, "model.vit.num_classes=10") == 0
     assert_equal(model_in(tmp_path / "init"), theirs.state_dict())
-    config = checkpoint.verify(tmp_path / "init").state["config"]
+    config = verify.verify(tmp_path / "init").state["config"]
     assert config["model"]["vit"]["num_heads"] == 3
 
 
@@ -530,7 +531,7 @@ def test_a_runs_checkpoints_are_safe_from_exports(dense_run, capsys, output, mes
     source = root / "step_3_loss_0.700"
     arguments = [source, "--to", "dcp", "--output", root / output, "--overwrite"]
     assert message in refused(capsys, *arguments)
-    assert checkpoint.verify(source).step == 3
+    assert verify.verify(source).step == 3
 
 
 ERRORS = {

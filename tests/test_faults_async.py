@@ -12,6 +12,7 @@ import torch
 import checkpoint
 from tests.support import faults
 from training.run_folder import Swept
+from weights import verify
 from weights.background import AsyncSaver, Committed
 
 STATE = {"step": 1, "metrics": {}}
@@ -27,7 +28,7 @@ def begin(saver, root, content, step=1):
 
 
 def value_in(folder):
-    found = checkpoint.verify(folder)
+    found = verify.verify(folder)
     content = faults.tensors(-1.0)
     checkpoint.load(found, content)
     return faults.value_of(content)
@@ -192,7 +193,7 @@ def another_form(world, root):
             outcome = saver.drain()
             assert isinstance(outcome, Committed), outcome
             empty = {"model": {f"w{size}": torch.zeros(size, 2)}}
-            checkpoint.load(checkpoint.verify(outcome.folder), empty)
+            checkpoint.load(verify.verify(outcome.folder), empty)
             found.append(torch.equal(empty["model"][f"w{size}"], content["model"][f"w{size}"]))
     finally:
         saver.close()
@@ -277,5 +278,5 @@ def test_a_full_disk_is_noticed_and_the_next_save_is_whole(ranks, tmp_path):
     for failed, done in ranks(2, with_a_full_disk, tmp_path):
         assert "rank 1: [Errno 27] write __1_0.distcp: File too large (need 0.00 GiB" in failed
         assert isinstance(done, Committed)
-        assert checkpoint.verify(done.folder).step == 2
+        assert verify.verify(done.folder).step == 2
     assert len(list(tmp_path.iterdir())) == 1

@@ -22,7 +22,7 @@ import checkpoint
 import train
 from images.image_reader import ImageReader
 from training import scoring, stopping
-from weights import background, dcp_writer
+from weights import background, dcp_writer, verify
 from weights.sources import Choice, read_source
 
 EVERY_STEP = ["training.val_interval=100", "training.checkpoint.interval=1"]
@@ -36,7 +36,7 @@ def events(root: Path, name: str) -> list[dict]:
 
 def steps(root: Path) -> set[int]:
     folders = [path for path in root.iterdir() if path.name.startswith("step_")]
-    assert all(checkpoint.verify(folder) for folder in folders)
+    assert all(verify.verify(folder) for folder in folders)
     return {int(path.name.split("_")[1]) for path in folders}
 
 

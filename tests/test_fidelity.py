@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 
 from benchmarks import fidelity
 from options import compose
-from training import network, optim, prepare
+from training import loaders, network, optim
 
 CONFIG = "vit_tiny_patch8_64"
 RESULTS = sorted(Path(fidelity.__file__).parent.glob("results/*-cpu-fidelity.json"))
@@ -103,7 +103,7 @@ def test_both_loops_validate_on_the_same_pixels_and_labels(bundled):
     _, val_loader = fidelity.plain_loaders(config, bundled)
     ((image_BCHW, label_B),) = list(val_loader)
     assert label_B.tolist() == [1, 0]
-    transform = prepare.val_transform(config)
+    transform = loaders.val_transform(config)
     for number, image_CHW in enumerate(image_BCHW):
         expected_CHW = transform(Image.open(bundled / f"val/images/val_{number}.JPEG"))
         torch.testing.assert_close(image_CHW, expected_CHW, rtol=0, atol=1e-5)

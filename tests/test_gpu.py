@@ -9,7 +9,7 @@ import torch
 import train
 from images.augment import Normaliser
 from images.mixing import Eraser
-from layers import modules
+from layers import te
 from parallel import distributed
 from tests.test_sharding import small_vit, train_plainly, train_sharded, worst_error
 from tests.test_train import digest
@@ -113,7 +113,7 @@ def test_transformer_engine_steps_learn(small_run, tmp_path, cuda_world, fp8):
 
 def test_auto_takes_transformer_engine_where_it_imports():
     pytest.importorskip("transformer_engine.pytorch")
-    assert modules.resolve_backend("auto", torch.device("cuda"))[0] == "te"
+    assert te.resolve_backend("auto", torch.device("cuda"))[0] == "te"
 
 
 def final_digest(config, world):

@@ -14,15 +14,9 @@ from timm.data import create_transform
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from imagenet_dataset import (
-    NOT_COUNTED,
-    BatchMemory,
-    Collate,
-    TrainImages,
-    train_loader,
-    val_loader,
-)
+from imagenet_dataset import TrainImages, train_loader, val_loader
 from images.augment import SPARE, Normaliser, ReusedMemory, train_transform, val_transform
+from images.batches import NOT_COUNTED, BatchMemory, Collate
 from images.cropping import RandomResizedCrop, resize
 from images.decoding import read_header, rgb
 from images.feed import Feed, Tolerance

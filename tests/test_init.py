@@ -9,6 +9,7 @@ from torch import nn
 
 import vit
 from layers import init
+from options.vit_options import WEIGHT_INITS
 
 SMALL = {
     "img_size": 32,
@@ -42,7 +43,7 @@ def materialise(model):
     return model
 
 
-@pytest.mark.parametrize("weight_init", init.WEIGHT_INITS)
+@pytest.mark.parametrize("weight_init", WEIGHT_INITS)
 @pytest.mark.parametrize("options", [{}, EVERYTHING | {"fix_init": True}], ids=str)
 def test_meta_init_equals_eager_init_bit_for_bit(options, weight_init):
     options = SMALL | options | {"weight_init": weight_init, "seed": 7}
@@ -109,7 +110,7 @@ def test_fixed_positions_are_sines_and_cosines_of_column_and_row(prefix):
             assert wave == pytest.approx((math.sin, math.cos)[group % 2](angle), abs=1e-7)
 
 
-@pytest.mark.parametrize("weight_init", init.WEIGHT_INITS)
+@pytest.mark.parametrize("weight_init", WEIGHT_INITS)
 @pytest.mark.parametrize("fix_init", [False, True])
 def test_initial_distributions_equal_timm(weight_init, fix_init):
     options = {

@@ -15,9 +15,10 @@ import moe
 import train
 from layers.modules import Mlp
 from options import compose
-from routers.router import NORMALIZES, Router
+from routers.gates import NORMALIZES
+from routers.router import Router
 from tests.test_sharding import parts, worst_error
-from training import network, prepare, pretrained
+from training import loaders, network, prepare, pretrained
 from vit import VisionTransformer
 from weights import upcycling, warm_start
 from weights.provenance import in_short
@@ -549,7 +550,7 @@ def begin_and_train(world, config):
     with torch.no_grad():
         logits_BY = run.model(IMAGES).clone()
     run.model.train()
-    batches = prepare.train_batches(run, start_step=0)
+    batches = loaders.train_batches(run, start_step=0)
     meter = train.Meter.start(world.device)
     for step in range(2):
         train.train_step(run, batches, step=step, meter=meter)

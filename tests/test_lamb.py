@@ -5,7 +5,7 @@ import torch
 from timm.optim import Lamb as LambOfTimm
 from torch import nn
 
-from parallel import distributed, sharding
+from parallel import collectives, sharding
 from tests import test_moe
 from tests.test_sharding import BATCH, MAX_NORM, STEPS, batch, parts, shard, small_vit, worst_error
 from training import optim
@@ -36,7 +36,7 @@ def train_sharded(world, build):
         betas=(0.9, 0.999),
         eps=1e-6,
         momentum=0.0,
-        sum_over_ranks=distributed.sum_over_ranks,
+        sum_over_ranks=collectives.sum_over_ranks,
     )
     sharding.shard_optimizer(optimizer)
     optim.set_lr(optimizer, LR)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from layers import modules
+from layers import modules, te
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -32,36 +32,36 @@ def te_is_there(monkeypatch):
     ],
 )
 def test_backend_resolves_by_device(te_is_there, backend, device, resolved):
-    assert modules.resolve_backend(backend, device)[0] == resolved
+    assert te.resolve_backend(backend, device)[0] == resolved
 
 
 def test_auto_backend_says_why_te_was_not_taken(te_is_missing):
-    assert modules.resolve_backend("auto", CPU) == (
+    assert te.resolve_backend("auto", CPU) == (
         "torch",
         "auto: TransformerEngine needs CUDA, device is cpu",
     )
-    backend, reason = modules.resolve_backend("auto", CUDA)
+    backend, reason = te.resolve_backend("auto", CUDA)
     assert backend == "torch"
     assert "transformer_engine.pytorch does not import" in reason
 
 
 def test_backend_te_by_name_never_falls_back(te_is_missing):
     with pytest.raises(ImportError, match=r"backend=te: transformer_engine\.pytorch does not"):
-        modules.resolve_backend("te", CUDA)
+        te.resolve_backend("te", CUDA)
     with pytest.raises(ValueError, match="backend=te: TransformerEngine needs CUDA, device is cpu"):
-        modules.resolve_backend("te", CPU)
+        te.resolve_backend("te", CPU)
     with pytest.raises(ValueError, match="backend=cuda: must be auto, torch or te"):
-        modules.resolve_backend("cuda", CUDA)
+        te.resolve_backend("cuda", CUDA)
 
 
 def test_fp8_context_without_a_recipe_changes_nothing():
-    with modules.fp8_context(None):
+    with te.fp8_context(None):
         assert torch.ones(1).dtype == torch.float32
 
 
 def test_fp8_context_refuses_an_unknown_recipe():
     with pytest.raises(ValueError, match="te_fp8=mxfp8: must be null, delayed or current"):
-        modules.fp8_context("mxfp8")
+        te.fp8_context("mxfp8")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_fp8_context_refuses_an_unknown_recipe():
 )
 def test_fp8_refuses_sizes_that_are_no_multiple_of_16(changed, message):
     sizes = {"embed_dim": 64, "hidden_dim": 256, "batch_size": 16, "num_tokens": 197}
-    modules.check_fp8_shapes(**sizes)
+    te.check_fp8_shapes(**sizes)
     with pytest.raises(ValueError, match=message):
-        modules.check_fp8_shapes(**sizes | changed)
+        te.check_fp8_shapes(**sizes | changed)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_fp8_refuses_sizes_that_are_no_multiple_of_16(changed, message):
     ],
 )
 def test_canonical_name(te_name, name):
-    assert modules.canonical_name(te_name) == name
-    assert modules.canonical_name(name) == name
+    assert te.canonical_name(te_name) == name
+    assert te.canonical_name(name) == name
 
 
 def filled(module):

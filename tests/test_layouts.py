@@ -24,7 +24,7 @@ from images.index import Names, check_count, digest, select
 from images.layouts import index_images
 from options import compose
 from tests.support.pictures import folder_dataset
-from training import prepare
+from training import loaders
 
 # ILSVRC's validation images are numbered; its labels are in a file of their own.
 ROOT = Path(layouts.__file__).parents[1]
@@ -468,12 +468,12 @@ def test_a_run_looks_up_its_dataset_by_name(ranks, root, tmp_path, monkeypatch, 
     )
     by_name = [f"dataset.path_env={file}", "dataset.name=mine"]
     config = compose.compose(recipe, [*by_name, "model.vit.num_classes=3", "dataset.subset=0.5"])
-    assert prepare.data_root(config) == root
+    assert loaders.data_root(config) == root
     with pytest.raises(ValueError, match=r"train\.root=.*: has no effect with dataset\.path_env="):
         compose.compose(recipe, [*by_name, "dataset.train.root=data/tiny-imagenet-5"])
     with pytest.raises(ValueError, match=r"train\.root=.*: has no effect with dataset\.path_env="):
         compose.restore(dataclasses.asdict(config), ["dataset.train.root=data/tiny-imagenet-5"])
-    train, val = ranks(1, lambda world: prepare.find_images(config, world))[0]
+    train, val = ranks(1, lambda world: loaders.find_images(config, world))[0]
     assert (len(train), len(val)) == (6, 7)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import train
 from images.mixing import MODES, Eraser, Mixer
 from parallel.seeds import stable_seed
-from training import prepare
+from training import loaders, prepare
 
 OPTIONS = {"prob": 1.0, "switch_prob": 0.5, "mode": "batch", "smoothing": 0.1, "num_classes": 3}
 
@@ -148,7 +148,7 @@ def seen_targets(world, config, start_step=0):
     run, _ = prepare.prepare(config, world)
     pairs = [
         (batch.position_B.tolist(), *train.to_device(run, batch))
-        for batch in prepare.train_batches(run, start_step=start_step)
+        for batch in loaders.train_batches(run, start_step=start_step)
     ]
     return [(positions, image.numpy(), target.numpy()) for positions, image, target in pairs]
 

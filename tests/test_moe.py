@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import checkpoint
 import moe
 from options import compose
-from parallel import distributed, sharding
+from parallel import collectives, distributed, sharding
 from routers.balance import Coefficients
 from routers.router import Router
 from tests.test_sharding import (
@@ -42,7 +42,7 @@ def moe_vit(exchange=None, seed=0, grad_checkpointing=False, **options) -> Visio
             shared=None,
             kernel_backend="torch",
             exchange=exchange,
-            sum_over_ranks=distributed.sum_over_ranks,
+            sum_over_ranks=collectives.sum_over_ranks,
         )
 
     more = {"grad_checkpointing": grad_checkpointing}
@@ -71,7 +71,7 @@ def train_plainly(world, kind, accum):
 def build(world, mesh, *, seed=0, on_meta=True, strategy=3):
     outer, shard, ep = mesh
     meshes = distributed.build_meshes(dp_outer=outer, dp_shard=shard, ep=ep, device=world.device)
-    exchange = distributed.expert_exchange(meshes) if ep > 1 else None
+    exchange = collectives.expert_exchange(meshes) if ep > 1 else None
     with torch.device("meta" if on_meta else "cpu"):
         model = moe_vit(exchange, seed)
     sharded = sharding.shard_model(model, meshes, unit_types=[Block], strategy=strategy)

@@ -19,7 +19,7 @@ from images.image_reader import ImageReader
 from images.layouts import index_images
 from options import checks, compose
 from tests.support.pictures import folder_dataset
-from training import losses, optim, prepare
+from training import loaders, losses, optim, prepare
 from weights.sources import Choice, read_source
 
 CLASSES = 5
@@ -651,7 +651,7 @@ def first_images(world, configs):
     found = []
     for config in configs:
         run, _ = prepare.prepare(config, world)
-        batch = next(prepare.train_batches(run, start_step=0))
+        batch = next(loaders.train_batches(run, start_step=0))
         found.append(train.to_device(run, batch)[0].numpy().tobytes())
     return found
 
@@ -683,7 +683,7 @@ def test_repeats_reach_the_images_of_a_run(ranks, small_run, many):
 def first_pictures(world, config):
     """The images of the first microbatch, by their pixels."""
     run, _ = prepare.prepare(config, world)
-    batch = next(prepare.train_batches(run, start_step=0))
+    batch = next(loaders.train_batches(run, start_step=0))
     return [image_CHW.numpy().tobytes() for image_CHW in batch.image_BCHW]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
 from images.image_order import epoch_permutation, step_positions
 from images.index import select
@@ -19,7 +18,9 @@ from options import compose, schema
 from parallel.distributed import World
 from tests.support.pictures import folder_dataset
 from tests.test_bad_data import put
-from training import prepare, resume
+from training import resume
+from training.run import Run
+from weights import verify
 
 BASE = ["dataset.train.batch_size=4", "training.grad_accum_steps=2"]
 
@@ -33,10 +34,10 @@ def run_of(config, index, *, world=1):
     """A run as far as its data go."""
     data = config.dataset
     index = select(index, class_filter=data.class_filter, share=data.subset)
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(prepare.Run))
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Run))
     world = World(rank=0, size=world, local_rank=0, device=torch.device("cpu"))
     values = {"config": config, "world": world, "train_index": index, "bad_images": set()}
-    return prepare.Run(**nothing | values)
+    return Run(**nothing | values)
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def permutation(count, seed, epoch):
 
 def updates(run):
     """The images of each update, with their epochs and repeats, in no order."""
-    order, t, count = prepare.order_of(run), run.config.training, len(run.train_index)
+    order, t, count = run.order, run.config.training, len(run.train_index)
     found = []
     for step in range(45):  # over an epoch's end
         positions = itertools.chain.from_iterable(
@@ -68,7 +69,7 @@ def updates(run):
 
 def saved_by(run):
     state = json.loads(json.dumps(resume.facts(run, step=3, figures={})))
-    return checkpoint.Checkpoint(Path("step_3"), state)
+    return verify.Checkpoint(Path("step_3"), state)
 
 
 # options -> what the refusal names
@@ -225,7 +226,7 @@ def test_bad_images_of_before_count_after_a_resume(ranks, small_run, tmp_path, c
 
 @pytest.mark.parametrize("value", ["7", [1, "2"], {"a": 1}])
 def test_a_count_that_is_none_is_refused(value):
-    found = checkpoint.Checkpoint(Path("step_3"), {"bad_images": value})
+    found = verify.Checkpoint(Path("step_3"), {"bad_images": value})
     with pytest.raises(ValueError, match=r"resume step_3: bad_images=.* must be a list of numbers"):
         resume._bad_images(found)
-    assert resume._bad_images(checkpoint.Checkpoint(Path("step_3"), {})) == []
+    assert resume._bad_images(verify.Checkpoint(Path("step_3"), {})) == []

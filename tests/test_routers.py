@@ -9,7 +9,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 from layers import init
-from parallel import distributed
+from options.vit_options import WEIGHT_INITS
+from parallel import collectives
 from routers import balance
 from routers.balance import Coefficients
 from routers.router import Router, keep_within_capacity
@@ -493,7 +494,7 @@ def on_a_rank(world, kind, reduce):
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "noisy_topk"])
-@pytest.mark.parametrize("reduce", [all_reduce, distributed.sum_over_ranks])
+@pytest.mark.parametrize("reduce", [all_reduce, collectives.sum_over_ranks])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_loss_and_gradient_are_the_same_on_gloo_ranks(
     ranks, kind, reduce, num_ranks, noise_by_token
@@ -542,7 +543,7 @@ class Block(nn.Module):
         self.router = Router(D, E, **({"top_k": K} | KINDS[kind]))
 
 
-@pytest.mark.parametrize("weight_init", init.WEIGHT_INITS)
+@pytest.mark.parametrize("weight_init", WEIGHT_INITS)
 @each_kind
 def test_meta_init_equals_eager_init_bit_for_bit(kind, weight_init):
     scheme = init.Scheme(seed=7, weight_init=weight_init)

@@ -8,9 +8,10 @@ import shutil
 import pytest
 
 import checkpoint
+from parallel import collectives
 from tests.support import faults
 from training import run_folder
-from weights import dcp_writer
+from weights import dcp_writer, verify
 
 OPTIONS = {"keep_last": 2, "keep_best": 1, "metric": "-val_loss"}
 
@@ -35,7 +36,7 @@ def steps(folders) -> set[int]:
 
 
 def left(root) -> set[int]:
-    assert all(checkpoint.verify(folder) for folder in root.iterdir())
+    assert all(verify.verify(folder) for folder in root.iterdir())
     return steps(root.iterdir())
 
 
@@ -112,7 +113,7 @@ def test_a_deletion_that_fails_is_named_and_leaves_no_half(tmp_path, five, monke
     assert all("Permission denied" in reason for reason in swept.failed.values())
     monkeypatch.undo()
     whole = [path for path in tmp_path.iterdir() if path.name.startswith("step_")]
-    assert all(checkpoint.verify(folder) for folder in whole)
+    assert all(verify.verify(folder) for folder in whole)
     run_folder.sweep(tmp_path, known=five, protected=(), **OPTIONS)
     assert left(tmp_path) == {1, 4, 5}, "the next sweep does it"
 
@@ -249,8 +250,10 @@ def test_ranks_that_do_not_share_the_folder_are_found(ranks, tmp_path):
         root.mkdir()
 
     def check_own(world):
-        real = dcp_writer.tell_all
-        dcp_writer.tell_all = lambda made: roots[world.rank] / real(made).relative_to(roots[0])
+        real = collectives.broadcast_or_raise
+        collectives.broadcast_or_raise = lambda made: (
+            roots[world.rank] / real(made).relative_to(roots[0])
+        )
         return check(world, roots[0])
 
     for message in ranks(2, check_own):

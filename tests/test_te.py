@@ -131,7 +131,7 @@ def pair(**options):
 
 
 def canonical_grads(model):
-    return {modules.canonical_name(name): p.grad for name, p in model.named_parameters()}
+    return {te.canonical_name(name): p.grad for name, p in model.named_parameters()}
 
 
 def run(model, image_BCHW, seed=0):
@@ -153,7 +153,7 @@ def test_state_dict_has_the_keys_shapes_and_values_of_the_torch_backend(te, opti
     expected = vit.VisionTransformer(**SMALL | options).state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], value) for name, value in expected.items())
-    names = {modules.canonical_name(name): p for name, p in ours.named_parameters()}
+    names = {te.canonical_name(name): p for name, p in ours.named_parameters()}
     assert names.keys() == expected.keys()
     assert any(name not in expected for name, _ in ours.named_parameters())
 
@@ -228,7 +228,7 @@ def test_grad_checkpointing_uses_the_one_of_te(stand_in, monkeypatch):
         calls.append(function)
         return stand_in_checkpoint(function, x, **options)
 
-    monkeypatch.setattr(modules.transformer_engine(), "checkpoint", counting_checkpoint)
+    monkeypatch.setattr(te.transformer_engine(), "checkpoint", counting_checkpoint)
     model = vit.VisionTransformer(**SMALL, backend="te", grad_checkpointing=True)
     plain = vit.VisionTransformer(**SMALL)
     image_BCHW = torch.randn(2, 3, 32, 32)
@@ -284,12 +284,12 @@ class TestGpu:
         output, expected = (m.float()(image_BCHW.float()) for m in (ours, plain))
         assert relative_error(output, expected) <= 5e-3  # in tf32 at worst
 
-    @pytest.mark.parametrize("recipe", modules.FP8_RECIPES)
+    @pytest.mark.parametrize("recipe", te.FP8_RECIPES)
     def test_fp8_step_is_finite_and_near_bf16(self, options, recipe):
         ours, plain, image_BCHW = on_gpu(**options)
         label_B = torch.arange(16, device="cuda")
         for _ in range(3):  # delayed scaling learns its scales from the steps before
-            with modules.fp8_context(recipe):
+            with te.fp8_context(recipe):
                 logits_BY = ours(image_BCHW)
             loss = functional.cross_entropy(logits_BY.float(), label_B)
             loss.backward()
@@ -303,7 +303,7 @@ class TestGpu:
             "cuda", torch.bfloat16
         )
         image_BCHW = torch.randn(16, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
-        with modules.fp8_context("delayed"):
+        with te.fp8_context("delayed"):
             loss = model(image_BCHW).float().square().mean()
         loss.backward()
         assert all(grad.isfinite().all() for grad in canonical_grads(model).values())

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 import checkpoint
 import train
-from imagenet_dataset import NOT_COUNTED
+from images.batches import NOT_COUNTED
 from parallel import distributed, sharding
 from tests.test_sharding import parts, worst_error
-from training import losses, network, optim, prepare
+from training import loaders, losses, network, optim, prepare
 
 # Dropout of every kind, a decaying learning rate, and steps that cross the edges of epochs:
 # 12 steps of 2 ranks x 2 microbatches x 4 images are 8 epochs of 24.
@@ -139,7 +139,7 @@ def plain_loop(world, config):
     model = network.build_model(config, backend="torch", on_meta=False)
     groups = optim.parameter_groups(model.named_parameters(), weight_decay=o.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=tuple(o.betas), eps=o.eps)
-    batches = prepare.train_batches(run, start_step=0)
+    batches = loaders.train_batches(run, start_step=0)
     lines = []
     for step in range(config.training.steps):
         half_cosine = 0.5 * (1 + math.cos(math.pi * (step - 2)))
@@ -320,7 +320,7 @@ def validate_small(world, config):
     sharding.install_weights(run.model)
     counted = [
         int((batch.label_B != NOT_COUNTED).sum())
-        for batch in prepare.val_batches(run.config, run.val_index, run.world)
+        for batch in loaders.val_batches(run.config, run.val_index, run.world)
     ]
     return train.validate(run), sum(counted)
 
@@ -348,7 +348,7 @@ def test_validation_figures_equal_a_plain_loop(ranks, small_run):
         model = network.build_model(config, backend="torch", on_meta=False).eval()
         with torch.no_grad():
             model.head.weight.mul_(50)
-            batches = list(prepare.val_batches(run.config, run.val_index, run.world))
+            batches = list(loaders.val_batches(run.config, run.val_index, run.world))
             logits_BY = torch.cat([model(batch.image_BCHW) for batch in batches])
         label_B = torch.cat([batch.label_B for batch in batches])
         top1 = (logits_BY.argmax(1) == label_B).double().mean().item()

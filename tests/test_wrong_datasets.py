@@ -29,7 +29,7 @@ from tests.test_layouts import (
     in_solution,
     in_xml,
 )
-from training import prepare
+from training import loaders
 from weights.sources import Source
 
 
@@ -276,7 +276,7 @@ def test_a_part_of_a_dataset_keeps_its_fingerprints(root):
 
 def prepared(world, config):
     try:
-        prepare.find_images(config, world)
+        loaders.find_images(config, world)
     except ValueError as error:
         return str(error)
     return "prepared"

@@ -22,7 +22,7 @@ from options import compose
 from options.schema import Config
 from parallel.distributed import World
 from training import losses, network
-from training.prepare import Criterion, Run
+from training.run import Criterion, Run
 from vit import VisionTransformer
 from weights.sources import Choice, other_classes, read_source
 

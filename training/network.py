@@ -14,16 +14,19 @@ from torch import nn
 
 import moe
 from layers import compile as block_compile
-from layers import modules
-from layers import sdpa as attention_kernels
+from layers import modules, te
 from moe_kernels import ops
+from options import compose
 from options.model_options import ViTOptions
 from options.schema import Config
 from options.vit_options import VitOptions
-from parallel import distributed
+from parallel import collectives
 from routers.balance import Coefficients
 from routers.router import Router
 from vit import VisionTransformer
+from weights import formats
+from weights.formats import MtlFile
+from weights.sources import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,7 +45,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def pick_backend(config: Config, device: torch.device) -> tuple[str, str]:
     """Return the backend and why it is this one; fp8 needs TransformerEngine."""
-    backend, reason = modules.resolve_backend(config.model.backend, device)
+    backend, reason = te.resolve_backend(config.model.backend, device)
     if config.model.te_fp8 is not None and backend != "te":
         raise ValueError(
             f"config model.te_fp8={config.model.te_fp8}: needs backend te, not {backend} ({reason})"
@@ -53,7 +56,7 @@ def pick_backend(config: Config, device: torch.device) -> tuple[str, str]:
 def check_fp8(config: Config, options: VitOptions) -> None:
     """Refuse sizes that fp8, if it was asked for, cannot work with."""
     if config.model.te_fp8 is not None:
-        modules.check_fp8_shapes(
+        te.check_fp8_shapes(
             embed_dim=options.embed_dim,
             hidden_dim=options.hidden_dim,
             batch_size=config.dataset.train.batch_size,
@@ -72,11 +75,11 @@ def block_choices(config: Config, options: VitOptions, device: torch.device) -> 
     dtype = pick_dtype(config.model.dtype, device)
     head_dim, drop = options.embed_dim // options.num_heads, options.attn_drop_rate
     num_tokens = options.num_tokens_in_training
-    usable = attention_kernels.usable_kernels(
+    usable = modules.usable_kernels(
         device=device, dtype=dtype, head_dim=head_dim, num_tokens=num_tokens, drop=drop
     )
     where = f"{dtype} on {device}, {num_tokens} tokens, heads of {head_dim}, dropout {drop:g}"
-    attention_kernels.check_kernel(config.model.sdpa, usable, where=where)
+    modules.check_kernel(config.model.sdpa, usable, where=where)
     usable_names = " ".join(usable)
     return {"sdpa": config.model.sdpa, "sdpa_usable": usable_names, "compile": config.model.compile}
 
@@ -160,7 +163,7 @@ def moe_factory(
             shared=modules.Mlp(vit.embed_dim, width, bias=vit.proj_bias) if width else None,
             kernel_backend=backend,
             exchange=exchange,
-            sum_over_ranks=distributed.sum_over_ranks,
+            sum_over_ranks=collectives.sum_over_ranks,
         )
 
     return build
@@ -200,3 +203,30 @@ def build_model(
         return VisionTransformer(
             **options, sdpa=sdpa, backend=backend, ffn=ffn, seed=config.training.seed
         )
+
+
+def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
+    """Return `source` with the options of a recipe, if it is a model of these names and shapes.
+
+    Raises:
+        ValueError: It has its own options, or a parameter differs.
+    """
+    if source.config:
+        raise ValueError(f"--config-name {config_name}: {source.origin} has options of its own")
+    config = compose.compose(config_name, overrides)
+    model = build_model(config, backend="torch", on_meta=True)
+    expected, weights = model.state_dict(), source.weights()
+    problems = []
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            # M3ViT's encoder ends with its blocks: a head is for whoever loads the export.
+            is_theirs = isinstance(source.content, MtlFile) and formats.is_top(name)
+            problems += [] if is_theirs else [f"missing {name}"]
+        elif name not in expected:
+            problems.append(f"unexpected {name}")
+        elif expected[name].shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+            problems.append(f"{name} is {shapes}")
+    if problems:
+        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
+    return dataclasses.replace(source, content=weights, config=dataclasses.asdict(config))

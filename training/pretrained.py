@@ -19,12 +19,12 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 
 from options.schema import Config
 from parallel import sharding
-from routers import router as routers
+from parallel.collectives import broadcast_or_raise, capture
+from routers import gates
 from training.logbook import Logbook
-from training.prepare import Run
+from training.run import Run
 from vit import VisionTransformer
 from weights import formats, warm_start
-from weights.dcp_writer import outcome_of, tell_all
 from weights.formats import MtlFile, Weights
 from weights.provenance import LOADED, Initial
 from weights.sources import Choice, Source, other_classes, read_source
@@ -145,12 +145,12 @@ def read_on_main(checkpoint: str, *, is_main: bool) -> Pretrained:
         OSError: On every rank, if rank 0 cannot read it.
         ValueError: The same.
     """
-    found = outcome_of(read, checkpoint) if is_main else None
+    found = capture(read, checkpoint) if is_main else None
     about: Pretrained | Exception | None = found
     if isinstance(found, Pretrained):
         shapes = {name: tensor.to("meta") for name, tensor in found.weights.items()}
         about = dataclasses.replace(found, weights=shapes)
-    known = tell_all(about)
+    known = broadcast_or_raise(about)
     assert known is not None, "rank 0 has read it"
     weights: Weights = {}
     for name, shape in known.weights.items():
@@ -169,7 +169,7 @@ def _expert_facts(config: Config) -> ExpertFacts | None:
         top_k=o.top_k,
         activation=o.activation,
         router=o.router,
-        is_normalized=routers.NORMALIZES[o.router] if o.normalize is None else o.normalize,
+        is_normalized=gates.NORMALIZES[o.router] if o.normalize is None else o.normalize,
         is_noisy=o.router in ("noisy", "noisy_topk") or o.expert_drop > 0,
         drops_rows=o.capacity_factor is not None,
     )

@@ -19,8 +19,8 @@ from options import compose
 from parallel import sharding
 from training import run_folder
 from training.logbook import Logbook, versions
-from training.prepare import Run
-from weights import dcp_writer
+from training.run import Run
+from weights import dcp_writer, verify
 from weights import sources as weight_sources
 
 # What decides which images an update has, and how often each. Not the rank's batch, the workers or
@@ -70,7 +70,7 @@ def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
 
 
-def _check_same(run: Run, found: checkpoint.Checkpoint, *, old: object, new: object) -> None:
+def _check_same(run: Run, found: verify.Checkpoint, *, old: object, new: object) -> None:
     """Raise ValueError if the images of an update, or what the weights compute, would be others."""
     data, train = run.config.dataset.train, run.config.training
     made_of = {
@@ -93,7 +93,7 @@ def _check_same(run: Run, found: checkpoint.Checkpoint, *, old: object, new: obj
             )
 
 
-def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
+def check_resumable(run: Run, found: verify.Checkpoint) -> list[str]:
     """Return the options that changed since `found` was saved.
 
     Raises:
@@ -122,7 +122,7 @@ def check_resumable(run: Run, found: checkpoint.Checkpoint) -> list[str]:
 class Start:
     """Where a run starts: from nothing, or from a checkpoint; and what was passed over."""
 
-    found: checkpoint.Checkpoint | None
+    found: verify.Checkpoint | None
     rejected: Mapping[Path, str]
     changed: list[str]
     superseded: list[str] = dataclasses.field(default_factory=list)
@@ -133,14 +133,14 @@ class Start:
         return 0 if self.found is None else self.found.step
 
 
-def _pick(run: Run) -> tuple[checkpoint.Checkpoint | None, Mapping[Path, str]]:
+def _pick(run: Run) -> tuple[verify.Checkpoint | None, Mapping[Path, str]]:
     """Return the checkpoint to go on from, and why others cannot be. Collective.
 
     That is the newest, unless `resume_from_metric` says the best: a run that was only stopped, or
     is complete, goes on from its newest all the same.
     """
     newest, rejected = checkpoint.find_newest(run.folder)
-    metric = checkpoint.figure_name(run.config.training.checkpoint.resume_from_metric)
+    metric = verify.figure_name(run.config.training.checkpoint.resume_from_metric)
     is_over = newest is None or newest.step >= run.config.training.steps
     if metric is None or newest is None or is_over or newest.state.get("stopped"):
         return newest, rejected
@@ -166,7 +166,7 @@ def resume(run: Run) -> Start:
     return Start(found, rejected, changed, superseded)
 
 
-def _bad_images(found: checkpoint.Checkpoint) -> list[int]:
+def _bad_images(found: verify.Checkpoint) -> list[int]:
     """Return the unreadable images that the run had met, none where they were not saved yet."""
     images = found.state.get("bad_images", [])
     if not (isinstance(images, list) and all(isinstance(image, int) for image in images)):

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import checkpoint
-from weights import dcp_writer
+from parallel import collectives
+from weights import dcp_writer, verify
 from weights.dcp_reader import untrusted_reason
 from weights.dcp_writer import STAGING
 
@@ -87,8 +87,8 @@ def locked(folder: Path) -> Iterator[None]:
         return _try_lock(folder)
 
     is_new = not folder.exists()
-    held = dcp_writer.outcome_of(take) if dist.get_rank() == 0 else None
-    dcp_writer.tell_all(held)
+    held = collectives.capture(take) if dist.get_rank() == 0 else None
+    collectives.broadcast_or_raise(held)
     try:
         yield
     finally:
@@ -137,10 +137,10 @@ def check_writable(folder: Path, num_bytes: int) -> None:
         OSError: On every rank: no room, not writable, not shared by all ranks, or what is made
             there would be refused on resume.
     """
-    made = dcp_writer.outcome_of(_probe, folder, num_bytes) if dist.get_rank() == 0 else None
-    probe = dcp_writer.tell_all(made)
+    made = collectives.capture(_probe, folder, num_bytes) if dist.get_rank() == 0 else None
+    probe = collectives.broadcast_or_raise(made)
     assert isinstance(probe, Path), "rank 0 has made it"
-    blind = [rank for rank, sees in enumerate(dcp_writer.exchange(probe.exists())) if not sees]
+    blind = [rank for rank, sees in enumerate(collectives.all_gather(probe.exists())) if not sees]
     if dist.get_rank() == 0:
         shutil.rmtree(probe.parent, ignore_errors=True)
     if blind:
@@ -158,12 +158,12 @@ def supersede(root: Path, folder: Path, *, apart_from: Collection[Path]) -> list
     """
 
     def rename() -> list[str]:
-        folders = checkpoint.candidates(root)
+        folders = verify.candidates(root)
         newer = [path for path in folders[: folders.index(folder)] if path not in apart_from]
         return [path.rename(_unused(path)).name for path in newer]
 
-    names = dcp_writer.outcome_of(rename) if dist.get_rank() == 0 else None
-    told = dcp_writer.tell_all(names)
+    names = collectives.capture(rename) if dist.get_rank() == 0 else None
+    told = collectives.broadcast_or_raise(names)
     assert isinstance(told, list), "rank 0 has renamed them"
     return told
 
@@ -192,8 +192,8 @@ def _surplus(
     Only `known` ones, verified or written by this run, count; others go when as many known ones
     are newer and as many better. So nothing has to be read for it.
     """
-    folders = checkpoint.candidates(root)
-    scores = {folder: checkpoint.score(folder, metric) for folder in folders}
+    folders = verify.candidates(root)
+    scores = {folder: verify.score(folder, metric) for folder in folders}
     last = [folder for folder in folders if folder in known][:keep_last]
     if len(last) < keep_last:
         return []

@@ -16,8 +16,9 @@ import checkpoint
 from images import shared_index
 from training import run_folder
 from training.logbook import Logbook
-from training.prepare import Run
 from training.resume import Start, facts
+from training.run import Run
+from weights import verify
 from weights.background import AsyncSaver, Committed
 
 MAX_FAILURES = 3
@@ -31,9 +32,9 @@ def _retain(
     keep_last: int,
     keep_best: int,
     metric: str,
-) -> run_folder.Swept:
-    """Sweep after the commit of `folder`."""
-    return run_folder.sweep(
+) -> Mapping[Path, str]:
+    """Sweep after the commit of `folder`; return what could not be deleted, and why."""
+    swept = run_folder.sweep(
         folder.parent,
         known=known | {folder},
         protected=protected | {folder},
@@ -41,6 +42,7 @@ def _retain(
         keep_best=keep_best,
         metric=metric,
     )
+    return swept.failed
 
 
 class Saver:
@@ -93,10 +95,8 @@ class Saver:
             self._fail(error, is_last=is_last)
             return
         self._stalled_s = time.perf_counter() - self._began
-        swept = run_folder.Swept([], {})
-        if self._run.world.is_main:
-            swept = self._retention()(folder)
-        self._succeed(Committed(folder, swept))
+        undeleted = self._retention()(folder) if self._run.world.is_main else {}
+        self._succeed(Committed(folder, undeleted))
 
     def ensure(self, *, step: int, figures: Mapping[str, float]) -> None:
         """Return when what the run holds is on disk, to go on from; raises as `save`."""
@@ -130,9 +130,9 @@ class Saver:
         if self._background is not None:
             self._background.close()
 
-    def _retention(self) -> functools.partial[run_folder.Swept]:
+    def _retention(self) -> functools.partial[Mapping[Path, str]]:
         options = self._run.config.training.checkpoint
-        metric = checkpoint.figure_name(options.resume_from_metric) or "-val_loss"
+        metric = verify.figure_name(options.resume_from_metric) or "-val_loss"
         return functools.partial(
             _retain,
             known=self._known,
@@ -153,7 +153,7 @@ class Saver:
     def _succeed(self, done: Committed) -> None:
         self._failures, self.folder, self._saved_step = 0, done.folder, self._step
         self._known |= {done.folder}
-        for path, reason in done.swept.failed.items():
+        for path, reason in done.undeleted.items():
             self._logbook.event("purge_failed", folder=str(path), error=reason)
         self._logbook.event(
             "saved",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imagenet_dataset import NOT_COUNTED, Batch
+from images.batches import NOT_COUNTED, Batch
 
 BEST = 5  # or fewer, where there are fewer classes
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -35,9 +35,9 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from parallel.distributed import from_main
+from parallel import collectives
+from parallel.collectives import from_main
 from parallel.launch import module_environment
-from training.run_folder import Swept
 from weights import dcp_writer
 from weights.dcp_writer import Json, Plan, Source, Target, TensorTree, Written
 
@@ -45,7 +45,8 @@ _ALIGNMENT_BYTES = 64
 _POLL_S = 0.005
 _END_S = 5.0
 _PR_SET_PDEATHSIG = 1
-Retention = Callable[[Path], Swept]
+# Deletes what a new checkpoint makes superfluous; returns what could not be deleted, and why.
+Retention = Callable[[Path], Mapping[Path, str]]
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Committed:
-    """A finished save and what retention did after it."""
+    """A finished save, and what retention could not delete after it."""
 
     folder: Path
-    swept: Swept
+    undeleted: Mapping[Path, str]
 
 
 def _map_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
@@ -130,7 +131,7 @@ def work(pipe: int, memory: int, num_bytes: int) -> None:
     connection.send(None)
     while True:
         function, arguments = pickle.loads(jobs.get())  # noqa: S301  # from the trainer
-        connection.send(dcp_writer.outcome_of(function, shared, *arguments))
+        connection.send(collectives.capture(function, shared, *arguments))
 
 
 class Worker:
@@ -322,7 +323,7 @@ class AsyncSaver:
     def _commit(self, flight: _Flight) -> Exception | None:
         """Let rank 0 commit what all ranks have written, or give up if one has not."""
         assert self._layout is not None and self.worker is not None, "begin() has made them"
-        parts = dcp_writer.gather(flight.outcome)
+        parts = collectives.gather(flight.outcome)
         failure, metadata = None, self._layout.plan.metadata
         if metadata is not None:
             failure = dcp_writer.first_failure(flight.target, self._layout.plan, parts)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@
     <run folder>/.staging-<n>-<id>/ -> step_<n>_loss_<x>/   __<rank>_0.distcp, .metadata
                                                            state.json, manifest.json
 
-`checkpoint.save` puts them together in one process; async_checkpoint.py spreads them over time and
+`checkpoint.save` puts them together in one process; background.py spreads them over time and
 processes. Nothing is under its final name before every byte of it is on disk.
 """
 
@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from parallel.distributed import from_main
+from parallel.collectives import all_gather, from_main, gather, scatter
 
 T = TypeVar("T")
 
@@ -162,35 +162,6 @@ class _HashedFiles(FileSystem):
             yield stream  # type: ignore[misc]
 
 
-def gather(value: T) -> list[T]:
-    """Return every rank's value on rank 0, an empty list elsewhere. Collective."""
-    values: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-    dist.gather_object(value, values or None)
-    return values
-
-
-def _scatter(values: list[T]) -> T:
-    """Return the item of rank 0's list that is for this rank. Collective."""
-    box: list = [None]
-    dist.scatter_object_list(box, values or None)
-    return box[0]
-
-
-def exchange(value: T) -> list[T]:
-    """Return every rank's value on every rank. Collective."""
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def tell_all(outcome: T | Exception) -> T:
-    """Return rank 0's value on every rank, or raise its error there. Collective."""
-    answer = from_main(outcome)
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
 def make_plan(tensors: TensorTree) -> tuple[Plan, Source]:
     """Share out who writes what; replicated tensors are written once. Collective.
 
@@ -211,7 +182,7 @@ def make_plan(tensors: TensorTree) -> tuple[Plan, Source]:
             answers += FileSystemWriter("").prepare_global_plan(plans)
         except (ValueError, RuntimeError) as error:  # which of the two depends on torch's version
             answers = [ValueError(str(error))] * len(plans)
-    answer = _scatter(answers)
+    answer = scatter(answers)
     if isinstance(answer, ValueError):
         raise answer
     return Plan(planner.finish_plan(answer), metadata), planner  # type: ignore[return-value]
@@ -317,20 +288,12 @@ def commit(target: Target, metadata: Metadata, written: list[Written]) -> Path:
     return final
 
 
-def outcome_of(function: Callable[..., T], *arguments: object) -> T | Exception:
-    """Return what a part of a save returns or raises, so that ranks can tell each other."""
-    try:
-        return function(*arguments)
-    except FAILURES as error:
-        return error
-
-
 def num_bytes(tensors: TensorTree) -> int:
     """Return how much a checkpoint of `tensors` holds, all ranks together. Collective."""
     flat, _ = flatten_state_dict(dict(tensors))
     # A rank without rows of a parameter does not have its moments: the union counts.
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in flat.items()}
-    return sum({n: size for part in exchange(sizes) for n, size in part.items()}.values())
+    return sum({n: size for part in all_gather(sizes) for n, size in part.items()}.values())
 
 
 def _space(root: Path, metadata: Metadata) -> str:

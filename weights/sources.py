@@ -1,7 +1,6 @@
 """Weights from whatever holds them, recognised by what it is, with the options of their run.
 
     run folder | checkpoint | safetensors | torch.save | folder of FastMoE -> read_source -> Source
-    Source without options, recipe -> name_options -> Source
 
 The formats are listed in export.py. What is incomplete is refused with the way to complete it.
 """
@@ -16,14 +15,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import checkpoint
-from checkpoint import Checkpoint
-from options import compose
-from training import network
 from weights import files as weight_files
-from weights import formats
+from weights import formats, verify
 from weights.dcp_writer import MANIFEST, METADATA
 from weights.formats import Json, MtlFile, Weights
+from weights.verify import Checkpoint
 
 BEST = "-val_loss"
 
@@ -92,10 +88,10 @@ def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint
     Raises:
         ValueError: None is complete, or none has the figure.
     """
-    folders = checkpoint.candidates(run_folder)
-    if figure := checkpoint.figure_name(metric):
-        scores = {folder: checkpoint.score(folder, figure) for folder in folders}
-        known = {name for folder in folders for name in checkpoint.claimed_figures(folder)}
+    folders = verify.candidates(run_folder)
+    if figure := verify.figure_name(metric):
+        scores = {folder: verify.score(folder, figure) for folder in folders}
+        known = {name for folder in folders for name in verify.claimed_figures(folder)}
         folders = [folder for folder in folders if math.isfinite(scores[folder])]
         if not folders:
             raise ValueError(
@@ -106,7 +102,7 @@ def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint
     problems: list[str] = []
     for folder in folders:
         try:
-            return checkpoint.verify(folder), tuple(problems)
+            return verify.verify(folder), tuple(problems)
         except ValueError as error:
             problems.append(str(error).removeprefix("checkpoint "))
     raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
@@ -243,13 +239,13 @@ def read_source(path: Path, choice: Choice) -> Source:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    is_run = not names & {MANIFEST, METADATA} and bool(checkpoint.candidates(path))
+    is_run = not names & {MANIFEST, METADATA} and bool(verify.candidates(path))
     known = {MANIFEST, METADATA, weight_files.INDEX_NAME, weight_files.SINGLE_NAME}
     is_ranks = path.is_dir() and not is_run and not names & known
     _refuse_unused(path, choice, is_run=is_run, is_ranks=is_ranks)
     if path.is_dir():
         if MANIFEST in names:
-            return _read_checkpoint(checkpoint.verify(path), choice)
+            return _read_checkpoint(verify.verify(path), choice)
         if METADATA in names:
             origin = f"{path} (not verified: it has no {MANIFEST})"
             return Source(weight_files.read_dcp(path, choice.weights), {}, origin)
@@ -265,30 +261,3 @@ def read_source(path: Path, choice: Choice) -> Source:
     config = _parse_options(metadata.get("config"))
     classes = _class_ids(metadata.get("classes"), weights)
     return Source(formats.from_timm(weights), config, str(path), classes=classes)
-
-
-def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
-    """Return `source` with the options of a recipe, if it is a model of these names and shapes.
-
-    Raises:
-        ValueError: It has its own options, or a parameter differs.
-    """
-    if source.config:
-        raise ValueError(f"--config-name {config_name}: {source.origin} has options of its own")
-    config = compose.compose(config_name, overrides)
-    model = network.build_model(config, backend="torch", on_meta=True)
-    expected, weights = model.state_dict(), source.weights()
-    problems = []
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            # M3ViT's encoder ends with its blocks: a head is for whoever loads the export.
-            is_theirs = isinstance(source.content, MtlFile) and formats.is_top(name)
-            problems += [] if is_theirs else [f"missing {name}"]
-        elif name not in expected:
-            problems.append(f"unexpected {name}")
-        elif expected[name].shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-            problems.append(f"{name} is {shapes}")
-    if problems:
-        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
-    return dataclasses.replace(source, content=weights, config=dataclasses.asdict(config))

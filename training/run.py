@@ -1,0 +1,96 @@
+"""The Run: all that the training loop works with, made once by prepare.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from images.image_order import Order
+from images.index import ImageIndex
+from images.mixing import Eraser, Mixer
+from options import checks
+from options.schema import Config
+from parallel import sharding
+from parallel.distributed import World
+from parallel.sharding import Shard
+from training import optim
+
+# logits, labels or mixed targets, images -> loss
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that the loop works with; made once by `prepare`."""
+
+    config: Config
+    world: World
+    model: nn.Module
+    shards: list[Shard]
+    optimizer: torch.optim.Optimizer
+    ema: optim.Ema | None
+    eraser: Eraser | None
+    mixer: Mixer | None
+    train_index: ImageIndex
+    val_index: ImageIndex
+    dtype: torch.dtype
+    flops_per_image: int
+    criterion: Criterion
+    teacher_flops: int = 0  # per image
+    bad_images: set[int] = dataclasses.field(default_factory=set)  # skipped so far, of train_index
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and logs live."""
+        return Path(self.config.training.checkpoint.path).expanduser()
+
+    @property
+    def global_batch(self) -> int:
+        """Images per update, over all ranks and microbatches."""
+        return (
+            self.config.dataset.train.batch_size
+            * self.config.training.grad_accum_steps
+            * self.world.size
+        )
+
+    @property
+    def order(self) -> Order:
+        """In which order the run sees the training images."""
+        train = self.config.dataset.train
+        return Order(
+            len(self.train_index.paths),
+            repeats=train.repeats,
+            batch=train.batch_size,
+            step_images=self.global_batch,
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of update `step`, from 0."""
+        o = self.config.optimizer
+        if o.schedule_per_epoch:
+            epoch_steps = max(1, self.order.epoch_images // self.global_batch)
+            step = optim.step_of_epoch(step, epoch_steps=epoch_steps)
+        return optim.lr_at(
+            step,
+            peak=checks.peak_lr(self.config, self.global_batch),
+            final=o.min_lr,
+            warmup_steps=o.warmup_steps,
+            num_steps=self.config.training.steps,
+            warmup_lr=o.warmup_lr,
+            is_cosine_after_warmup=o.warmup_prefix,
+        )
+
+    def tensors(self) -> checkpoint.TensorTree:
+        """Return what a checkpoint holds, on the training memory."""
+        tensors: dict[str, checkpoint.TensorTree] = {
+            "model": sharding.model_state(self.shards),
+            "optimizer": sharding.optimizer_state(self.shards, self.optimizer),
+        }
+        if self.ema is not None:
+            tensors["ema"] = sharding.state_like_model(self.shards, self.ema.average)
+        return tensors
