@@ -28,36 +28,21 @@ from images.image_order import epoch_permutation
 from images.image_reader import ImageReader, describe
 from images.layouts import index_images
 from parallel.seeds import stable_seed
+from tests.support.datasets import bomb, jpeg, png, put, sixteen_bit
 from tests.support.pictures import folder_dataset, write_image
 from training import prepare
+
+
+@pytest.fixture
+def root(tmp_path):
+    return folder_dataset(tmp_path / "data")
+
 
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 PLAIN = val_transform(
     img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=ZERO, std=ONE, is_raw=True
 )
-
-
-def jpeg(size=(8, 8), mode="RGB", **options):
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    sink = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(sink, "JPEG", **options)
-    return sink.getvalue()
-
-
-def png(size=(8, 8), mode="RGB"):
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    sink = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(sink, "PNG")
-    return sink.getvalue()
-
-
-def bomb(side):
-    """A PNG of 8 x 8 pixels whose header says that it is larger."""
-    raw = bytearray(png(mode="1"))
-    raw[16:24] = side.to_bytes(4, "big") * 2
-    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
-    return bytes(raw)
 
 
 def broken_exif():
@@ -71,12 +56,6 @@ def odd_bytes():
     raw = jpeg()
     place = raw.index(b"\xff\xdb")
     return raw[:place] + b"\0\0\0" + raw[place:]
-
-
-def sixteen_bit():
-    sink = io.BytesIO()
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(sink, "PNG")
-    return sink.getvalue()
 
 
 UNUSABLE = {
@@ -115,17 +94,6 @@ def nvimgcodec():
 @pytest.fixture(params=["pillow", "nvimgcodec"])
 def decoder(request):
     return request.param if request.param == "pillow" else nvimgcodec()
-
-
-@pytest.fixture
-def root(tmp_path):
-    return folder_dataset(tmp_path / "data")
-
-
-def put(root, split, image, content):
-    index = index_images(root, split)
-    (index.root / index.paths[image]).write_bytes(content)
-    return index_images(root, split)
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)

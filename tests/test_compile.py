@@ -23,8 +23,8 @@ from images.mixing import Mixer
 from layers import compile as block_compile
 from layers import modules
 from parallel import collectives, sharding
-from tests.test_moe_layer import WaitCounter
-from tests.test_train import digest
+from tests.support.experts import WaitCounter
+from tests.support.runs import digest
 from training import losses, network, prepare
 from training.resume import resume
 from vit import Block

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe
 import train
 import vit
-from layers import modules, te
+from layers import te
 from options import checks, compose, schema
 from options.model_options import MoEOptions, ViTOptions
 from options.schema import DistillationOptions, InitOptions
@@ -623,7 +623,7 @@ def test_missing_transformer_engine_ends_the_command_with_one_line(monkeypatch, 
     def no_engine():
         raise ImportError("config model.backend=te: no such library")
 
-    monkeypatch.setattr(modules, "transformer_engine", no_engine)
+    monkeypatch.setattr(te, "transformer_engine", no_engine)
     cuda = torch.device("cuda")
     monkeypatch.setattr(train, "parse", lambda _: te.resolve_backend("te", cuda))
     assert train.main([]) == train.EXIT_OPTIONS

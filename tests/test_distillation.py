@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import train
 from parallel import distributed
-from tests.test_sharding import parts, worst_error
-from tests.test_vit import relative_error
+from tests.support.models import relative_error
+from tests.support.sharded import parts, worst_error
 from training import distillation, loaders, losses, network, prepare
 from training.distillation import Teacher
 from vit import VisionTransformer

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 
 import checkpoint
 import export
-from tests.test_formats import (
+from tests.support.experts import moe_vit, save_weights
+from tests.support.models import (
     EVERYTHING,
     EXPERTS,
     HEADS,
@@ -28,7 +29,6 @@ from tests.test_formats import (
     model_of,
     rank_files,
 )
-from tests.test_moe import moe_vit, save_weights
 from training import pretrained
 from weights import files as weight_files
 from weights import verify

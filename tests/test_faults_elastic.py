@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from tests.test_resharding import gather
+from tests.support.sharded import gather
 
 MOE = [
     "model.moe.num_experts=4",

@@ -368,7 +368,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("where", MOMENTS)
 def test_a_stopped_run_goes_on_where_it_was(ranks, small_run, tmp_path, where):
-    from tests.test_train import digest
+    from tests.support.runs import digest
 
     final = []
 

@@ -11,8 +11,8 @@ from images.augment import Normaliser
 from images.mixing import Eraser
 from layers import te
 from parallel import distributed
-from tests.test_sharding import small_vit, train_plainly, train_sharded, worst_error
-from tests.test_train import digest
+from tests.support.runs import digest
+from tests.support.sharded import small_vit, train_plainly, train_sharded, worst_error
 from training import prepare
 from training.resume import resume
 

@@ -17,7 +17,7 @@ from layers.modules import Mlp
 from options import compose
 from routers.gates import NORMALIZES
 from routers.router import Router
-from tests.test_sharding import parts, worst_error
+from tests.support.sharded import parts, worst_error
 from training import loaders, network, prepare, pretrained
 from vit import VisionTransformer
 from weights import upcycling, warm_start

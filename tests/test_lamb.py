@@ -6,8 +6,17 @@ from timm.optim import Lamb as LambOfTimm
 from torch import nn
 
 from parallel import collectives, sharding
-from tests import test_moe
-from tests.test_sharding import BATCH, MAX_NORM, STEPS, batch, parts, shard, small_vit, worst_error
+from tests.support import experts
+from tests.support.sharded import (
+    BATCH,
+    MAX_NORM,
+    STEPS,
+    batch,
+    parts,
+    shard,
+    small_vit,
+    worst_error,
+)
 from training import optim
 
 LR, DECAY = 1e-2, 0.1
@@ -23,7 +32,7 @@ def train_with_timm(model):
     optimizer = LambOfTimm(groups, betas=(0.9, 0.999), eps=1e-6, max_grad_norm=MAX_NORM)
     for step in range(STEPS):
         optimizer.zero_grad()
-        test_moe.step_loss(model, *batch(step, 0), share=1).backward()
+        experts.step_loss(model, *batch(step, 0), share=1).backward()
         optimizer.step()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -46,7 +55,7 @@ def train_sharded(world, build):
         image_BCHW, label_B = batch(step, 0)
         with sharding.microbatch(model, is_last=True):
             share = 1 / world.size
-            test_moe.step_loss(model, image_BCHW[rows], label_B[rows], share=share).backward()
+            experts.step_loss(model, image_BCHW[rows], label_B[rows], share=share).backward()
         sharding.finish_gradients(model, shards)
         sharding.clip_gradients(shards, MAX_NORM)
         sharding.step_optimizer(optimizer)
@@ -82,14 +91,14 @@ def test_sharded_lamb_equals_timms_in_one_process(ranks, dense, world_size, mesh
 
 @pytest.fixture(scope="module")
 def with_experts(ranks):
-    return ranks(1, lambda _: train_with_timm(test_moe.moe_vit()))[0]
+    return ranks(1, lambda _: train_with_timm(experts.moe_vit()))[0]
 
 
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, (1, 1, 2)), (4, (1, 2, 2))], ids=str)
 def test_norm_of_experts_is_over_all_of_them_wherever_they_are(
     ranks, with_experts, world_size, mesh
 ):
-    results = ranks(world_size, train_sharded, lambda world: test_moe.build(world, mesh))
+    results = ranks(world_size, train_sharded, lambda world: experts.build(world, mesh))
     assert worst_error([result[0] for result in results], with_experts) <= 1e-5
 
 
@@ -127,7 +136,7 @@ def test_a_rank_without_rows_takes_part_in_the_sum():
 
 
 def test_a_whole_run_resumes_with_lamb(ranks, small_run, tmp_path):
-    from tests.test_train import train_and_watch
+    from tests.support.runs import train_and_watch
 
     options = ["optimizer.name=lamb", "training.steps=4", "training.val_interval=2"]
     whole = small_run(*options, f"training.checkpoint.path={tmp_path / 'whole'}")

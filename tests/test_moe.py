@@ -4,18 +4,15 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.nn import functional as F
 
 import checkpoint
 import moe
 from options import compose
-from parallel import collectives, distributed, sharding
-from routers.balance import Coefficients
-from routers.router import Router
-from tests.test_sharding import (
+from parallel import distributed, sharding
+from tests.support.experts import EXPERTS, build, moe_vit, save_weights, step_loss
+from tests.support.sharded import (
     BATCH,
     MAX_NORM,
-    SMALL,
     STEPS,
     batch,
     make_optimizer,
@@ -23,35 +20,6 @@ from tests.test_sharding import (
     worst_error,
 )
 from training import prepare
-from vit import Block, VisionTransformer
-
-EXPERTS = 4
-COEFS = Coefficients(switch=0.1, z=0.01)
-
-
-def moe_vit(exchange=None, seed=0, grad_checkpointing=False, **options) -> VisionTransformer:
-    def ffn(block):
-        if block == 0:
-            return None
-        router = Router(36, EXPERTS, top_k=2, coefs=COEFS, **options)
-        return moe.MoE(
-            36,
-            52,
-            router=router,
-            activation="gelu",
-            shared=None,
-            kernel_backend="torch",
-            exchange=exchange,
-            sum_over_ranks=collectives.sum_over_ranks,
-        )
-
-    more = {"grad_checkpointing": grad_checkpointing}
-    return VisionTransformer(**SMALL, **more, ffn=ffn, seed=seed)
-
-
-def step_loss(model, image_BCHW, label_B, *, share):
-    logits_BY = model(image_BCHW)
-    return (F.cross_entropy(logits_BY, label_B) + moe.balance_loss(model)) * share
 
 
 def train_plainly(world, kind, accum):
@@ -66,16 +34,6 @@ def train_plainly(world, kind, accum):
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         optimizer.step()
     return {name: p.detach().clone() for name, p in model.named_parameters()}, norms
-
-
-def build(world, mesh, *, seed=0, on_meta=True, strategy=3):
-    outer, shard, ep = mesh
-    meshes = distributed.build_meshes(dp_outer=outer, dp_shard=shard, ep=ep, device=world.device)
-    exchange = collectives.expert_exchange(meshes) if ep > 1 else None
-    with torch.device("meta" if on_meta else "cpu"):
-        model = moe_vit(exchange, seed)
-    sharded = sharding.shard_model(model, meshes, unit_types=[Block], strategy=strategy)
-    return sharded, sharding.list_shards(sharded, rename=str)
 
 
 def train_parallel(world, mesh, kind, accum, strategy=3):
@@ -141,12 +99,6 @@ def test_meta_init_with_expert_parallelism_is_eager_init_bit_for_bit(ranks):
         for on_meta in (True, False):
             found = ranks(world_size, lambda w, m=mesh, o=on_meta: parts(build(w, m, on_meta=o)[1]))
             assert worst_error(found, eager) == 0
-
-
-def save_weights(world, mesh, root):
-    _, shards = build(world, mesh)
-    tensors = {"model": sharding.model_state(shards)}
-    checkpoint.save(root, tensors, state={"step": 1, "metrics": {}}, loss=1.0)
 
 
 def load_weights(world, mesh, root):

@@ -5,20 +5,17 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe
 from layers.modules import Mlp
 from moe_kernels import ops, torch_ffn
 from routers.balance import Coefficients
 from routers.router import Router
-from tests.test_moe import moe_vit, step_loss
-from tests.test_sharding import batch
+from tests.support.experts import WaitCounter, moe_vit, step_loss
+from tests.support.sharded import batch
 
 DIM, HIDDEN, EXPERTS, CHOICES = 32, 48, 4, 2
 ALL_COEFS = Coefficients(importance=0.1, load=0.1, switch=0.1, sequence=0.1, z=0.01)
-# What waits for the device: a value, or a shape that depends on values, is read by the host.
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
 
 
 def alone(value):
@@ -47,24 +44,6 @@ def layer(*, backend="torch", shared=False, **router_options):
 def images(requires_grad=True):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(3, 7, DIM, generator=generator).requires_grad_(requires_grad)
-
-
-class WaitCounter(TorchDispatchMode):
-    """Notes each operation that would make the host wait for the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in WAITING:
-            self.waits.append(name)
-        result = func(*args, **(kwargs or {}))
-        tensors = [a for a in (*args, result) if isinstance(a, torch.Tensor)]
-        if name in {"_to_copy", "copy_"} and len({t.device.type for t in tensors}) > 1:
-            self.waits.append(name)
-        return result
 
 
 # The meta device stands for CUDA: it takes the same path, and whoever asks it for a value fails.

@@ -15,9 +15,8 @@ from PIL import Image
 from images.decoding import UnreadableError, read_header, rgb
 from images.image_reader import ImageReader
 from images.layouts import index_images
+from tests.support.datasets import ROOT, bomb, jpeg, pack, png, sixteen_bit
 from tests.support.pictures import folder_dataset, write_image
-from tests.test_bad_data import bomb, jpeg, png, sixteen_bit
-from tests.test_layouts import ROOT, pack
 
 SIDE = 32
 

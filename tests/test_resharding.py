@@ -5,7 +5,7 @@ import torch
 
 import checkpoint
 from parallel import sharding
-from tests.test_sharding import make_optimizer, run_step, shard, small_vit
+from tests.support.sharded import gather, make_optimizer, run_step, shard, small_vit
 
 
 def build(world, mesh, seed):
@@ -52,21 +52,6 @@ def load_and_go_on(world, mesh, root):
     loaded = everything(shards, optimizer)
     run_step(world, model, shards, optimizer, step=2, accum=1)
     return loaded, everything(shards, optimizer)
-
-
-def gather(results) -> dict[str, torch.Tensor]:
-    """Put the ranks' parts together; no part of a tensor may be missing or contradict another."""
-    ends: dict[str, torch.Size] = {}
-    for found, _ in results:
-        for name, where, _ in found:
-            stops = [part.stop for part in where]
-            ends[name] = torch.Size(max(a, b) for a, b in zip(ends.get(name, stops), stops))  # noqa: B905
-    full = {name: torch.full(size, torch.nan) for name, size in ends.items()}
-    for found, _ in results:
-        for name, where, local in found:
-            full[name][where] = local
-    assert not any(tensor.isnan().any() for tensor in full.values())
-    return full
 
 
 FSDP, HSDP = {"strategy": 3}, {"strategy": 3, "outer": 2}

@@ -16,8 +16,8 @@ from images.index import select
 from images.layouts import index_images
 from options import compose, schema
 from parallel.distributed import World
+from tests.support.datasets import put
 from tests.support.pictures import folder_dataset
-from tests.test_bad_data import put
 from training import resume
 from training.run import Run
 from weights import verify

@@ -1,7 +1,6 @@
 """The loop: exact resume, honest validation, refusals before the first step."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -13,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.nn import functional as F
 
 import checkpoint
 import train
 from images.batches import NOT_COUNTED
 from parallel import distributed, sharding
-from tests.test_sharding import parts, worst_error
+from tests.support.runs import train_and_watch
+from tests.support.sharded import parts, worst_error
 from training import loaders, losses, network, optim, prepare
 
 # Dropout of every kind, a decaying learning rate, and steps that cross the edges of epochs:
@@ -47,43 +46,6 @@ RESUME = [
     "model.moe.load_coef=0.01",
     "distributed.ep=2",
 ]
-
-
-def digest(tree) -> str:
-    """One hash over every name, dtype, shape and byte of a nested state dict's local tensors."""
-    flat, _ = flatten_state_dict(dict(tree))
-    hasher = hashlib.sha256()
-    for name in sorted(flat):
-        tensor = flat[name]
-        local = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
-        hasher.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
-        hasher.update(local.detach().cpu().contiguous().numpy().tobytes())
-    return hasher.hexdigest()
-
-
-def train_and_watch(world, config, stop_before):
-    """Train; return what each step saw and the digest at the end, or die before a step."""
-    seen = []
-    real_step, real_fit = train.train_step, train.fit
-    final = []
-
-    def step_and_note(run, batches, *, step, meter):
-        if step == stop_before:
-            os._exit(9)
-        noted = [next(batches) for _ in range(config.training.grad_accum_steps)]
-        real_step(run, iter(noted), step=step, meter=meter)
-        pixels = hashlib.sha256(b"".join(b.image_BCHW.numpy().tobytes() for b in noted)).hexdigest()
-        positions = [p for b in noted for p in b.position_B.tolist()]
-        seen.append((step, positions, pixels, run.optimizer.param_groups[0]["lr"]))
-
-    def fit_and_keep(run, logbook, **rest):
-        outcome = real_fit(run, logbook, **rest)
-        final.append(digest(run.tensors()))
-        return outcome
-
-    train.train_step, train.fit = step_and_note, fit_and_keep
-    train.train(config, world)
-    return seen, final
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vit
 from layers import modules
+from tests.support.models import relative_error
 
 SMALL = {
     "img_size": 32,
@@ -63,10 +64,6 @@ def run(model, image_BCHW, seed=None):
     target = torch.linspace(-1, 1, output.numel()).view_as(output)
     (output * target).sum().backward()
     return output.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def relative_error(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def assert_same(ours, theirs, image_BCHW, seed=None):

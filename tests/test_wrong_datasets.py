@@ -17,8 +17,7 @@ from images import duplicates, shared_index
 from images.duplicates import UNKNOWN, UNREADABLE, find_twins, fingerprints
 from images.index import check_every_class, check_separate, select
 from images.layouts import index_images
-from tests.support.pictures import folder_dataset, write_image
-from tests.test_layouts import (
+from tests.support.datasets import (
     LAYOUTS,
     VAL_NAME,
     WNIDS,
@@ -29,6 +28,7 @@ from tests.test_layouts import (
     in_solution,
     in_xml,
 )
+from tests.support.pictures import folder_dataset, write_image
 from training import loaders
 from weights.sources import Source
 
