@@ -18,7 +18,7 @@ def te_is_missing(monkeypatch):
 
 @pytest.fixture
 def te_is_there(monkeypatch):
-    monkeypatch.setattr(modules, "transformer_engine", object)
+    monkeypatch.setattr(te, "transformer_engine", object)
 
 
 @pytest.mark.parametrize(

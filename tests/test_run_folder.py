@@ -85,7 +85,7 @@ def test_what_is_protected_stays(tmp_path, five):
 
 def test_nothing_is_read_to_decide(tmp_path, five, monkeypatch):
     monkeypatch.setattr(dcp_writer, "sha256", lambda path: pytest.fail("hashed"))
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(verify, "sha256", lambda path: pytest.fail("hashed"))
     run_folder.sweep(tmp_path, known=five, protected=(), **OPTIONS)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import vit
-from layers import modules
+from layers import modules, te
 
 SMALL = {
     "img_size": 32,
@@ -98,17 +98,17 @@ def stand_in_checkpoint(function, x, *, use_reentrant, context_fn):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    te = types.SimpleNamespace(
+    library = types.SimpleNamespace(
         Linear=StandInLinear,
         LayerNormLinear=StandInLayerNormLinear,
         DotProductAttention=StandInAttention,
         checkpoint=stand_in_checkpoint,
     )
-    monkeypatch.setattr(modules, "transformer_engine", lambda: te)
+    monkeypatch.setattr(te, "transformer_engine", lambda: library)
 
 
 @pytest.fixture(params=["stand-in", "real"])
-def te(request, monkeypatch):
+def engine(request, monkeypatch):
     """Build with TE layers; the real ones ask whether CUDA exists, then build on any device."""
     if request.param == "stand-in":
         request.getfixturevalue("stand_in")
@@ -147,7 +147,7 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_state_dict_has_the_keys_shapes_and_values_of_the_torch_backend(te, options):
+def test_state_dict_has_the_keys_shapes_and_values_of_the_torch_backend(engine, options):
     ours = vit.VisionTransformer(**SMALL | options, backend="te")
     state = ours.state_dict()
     expected = vit.VisionTransformer(**SMALL | options).state_dict()
@@ -159,7 +159,7 @@ def test_state_dict_has_the_keys_shapes_and_values_of_the_torch_backend(te, opti
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_load_state_dict_is_strict_and_exact(te, options):
+def test_load_state_dict_is_strict_and_exact(engine, options):
     ours, plain = pair(**options)
     state = plain.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
@@ -170,7 +170,7 @@ def test_load_state_dict_is_strict_and_exact(te, options):
         ours.load_state_dict(plain.state_dict() | {"blocks.1.attn.more": torch.zeros(1)})
 
 
-def test_state_dict_is_canonical_inside_a_wrapper(te):
+def test_state_dict_is_canonical_inside_a_wrapper(engine):
     ours, plain = pair()
     wrapped, expected = nn.ModuleDict({"module": ours}), nn.ModuleDict({"module": plain})
     assert list(wrapped.state_dict()) == list(expected.state_dict())
@@ -182,7 +182,7 @@ def test_state_dict_is_canonical_inside_a_wrapper(te):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_meta_init_of_a_copy_equals_the_torch_backend_bit_for_bit(te, options):
+def test_meta_init_of_a_copy_equals_the_torch_backend_bit_for_bit(engine, options):
     with torch.device("meta"):
         model = copy.deepcopy(vit.VisionTransformer(**SMALL | options, backend="te"))
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -196,13 +196,13 @@ def test_meta_init_of_a_copy_equals_the_torch_backend_bit_for_bit(te, options):
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
-def test_building_draws_nothing_from_the_global_generator(te):
+def test_building_draws_nothing_from_the_global_generator(engine):
     before = torch.get_rng_state()
     vit.VisionTransformer(**SMALL, backend="te")
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_block_with_a_given_ffn_keeps_its_own_norm2(te):
+def test_block_with_a_given_ffn_keeps_its_own_norm2(engine):
     model = vit.VisionTransformer(**SMALL, backend="te", ffn=lambda i: modules.Mlp(64, 64))
     names = [name for name, _ in model.blocks[0].named_parameters()]
     assert "norm2.weight" in names
@@ -238,7 +238,7 @@ def test_grad_checkpointing_uses_the_one_of_te(stand_in, monkeypatch):
     assert all(torch.equal(grads[name], value) for name, value in expected_grads.items())
 
 
-def test_flops_do_not_depend_on_the_backend(te):
+def test_flops_do_not_depend_on_the_backend(engine):
     ours, plain = pair(global_pool="map", reg_tokens=1)
     assert ours.flops_per_image() == plain.flops_per_image()
 
