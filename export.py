@@ -48,7 +48,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from options.model_options import ViTOptions
+from options.schema import ViTOptions
 from training.network import name_options
 from weights import files as weight_files
 from weights import formats

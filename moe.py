@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from layers import init
 from layers.modules import Mlp, through
 from moe_kernels import ops
+from options.schema import MoEOptions
 from routers.router import Router, Routing
 
 
@@ -54,18 +55,16 @@ class Experts(nn.Module):
     def __init__(
         self,
         dim: int,
-        hidden_dim: int,
+        options: MoEOptions,
         *,
-        num_experts: int,
-        activation: str,
         bias: bool,
         ep_size: int,
         ep_rank: int,
     ) -> None:
         super().__init__()
-        local = num_experts // ep_size
-        rows = hidden_dim * (2 if ops.ACTIVATIONS[activation][1] else 1)
-        self.activation = activation
+        local, hidden_dim = options.num_experts // ep_size, int(dim * options.mlp_ratio)
+        rows = hidden_dim * (2 if ops.ACTIVATIONS[options.activation][1] else 1)
+        self.activation = options.activation
         self.ep_size, self.ep_rank = ep_size, ep_rank
         self.num_local = local
         self.w_in = nn.Parameter(torch.empty(local * rows, dim))
@@ -103,43 +102,31 @@ class MoE(nn.Module):
     def __init__(
         self,
         dim: int,
-        hidden_dim: int,
+        options: MoEOptions,
         *,
         router: Router,
-        activation: str,
         bias: bool = True,
         drop: float = 0.0,
-        shared: Mlp | None,
         kernel_backend: str,
-        exchange: Exchange | None,
+        exchange: Exchange | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
         self.router = router
         self.experts = Experts(
             dim,
-            hidden_dim,
-            num_experts=router.options.num_experts,
-            activation=activation,
+            options,
             bias=bias,
             ep_size=1 if exchange is None else exchange.size,
             ep_rank=0 if exchange is None else exchange.rank,
         )
-        self.shared = shared
+        shared_dim = int(dim * options.shared_ratio)
+        self.shared = Mlp(dim, shared_dim, bias=bias) if shared_dim else None
         self.drop = nn.Dropout(drop) if drop > 0 else None
         self.kernel_backend = kernel_backend
         self.exchange = exchange
         self.sum_over_ranks = sum_over_ranks
         self.routing = None
-
-    @property
-    def flops_per_token(self) -> int:
-        """FLOPs of the forward pass of one token through router, k experts and shared expert."""
-        e = self.experts
-        per_expert = 2 * (e.w_in.numel() + e.w_out.numel()) // e.num_local
-        shared = 0 if self.shared is None else self.shared.flops_per_token
-        router = 2 * e.w_in.shape[1] * self.router.options.num_experts
-        return router + self.router.options.top_k * per_expert + shared
 
     @contextlib.contextmanager
     def recomputation(self) -> Iterator[None]:
@@ -219,26 +206,6 @@ def _plan_arrived_fake(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, T
         x_ND.new_empty(size, dtype=torch.int32) for size in sizes
     )
     return order_N, inverse_N, offset_E1, rows_E
-
-
-def expert_blocks(
-    *, depth: int, every_n: int | None, last_n: int | None, blocks: list[int] | None
-) -> list[int]:
-    """Return which of `depth` blocks have experts; one of the three ways to say it is given.
-
-    Raises:
-        ValueError: There is none, or one that the model does not have.
-    """
-    if blocks is not None:
-        chosen, given = sorted(set(blocks)), f"blocks={blocks}"
-    elif last_n is not None:
-        chosen, given = list(range(depth - last_n, depth)), f"last_n={last_n}"
-    else:
-        assert every_n is not None, "the options are checked: exactly one is given"
-        chosen, given = list(range(every_n - 1, depth, every_n)), f"every_n={every_n}"
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise ValueError(f"config model.moe.{given}: must be some of the blocks 0 to {depth - 1}")
-    return chosen
 
 
 def balance_loss(model: nn.Module) -> Tensor:

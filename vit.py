@@ -7,7 +7,6 @@ outside. `Block` is the unit that is sharded: its parameters are touched inside 
 Nothing here knows of devices, ranks or config objects. Source: arXiv 2010.11929; timm 1.0.31.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from layers import init, modules, recompute, te
 from layers.modules import through
-from options.vit_options import VitOptions, require
+from options.checks import check_vit
+from options.schema import ViTOptions
 
 
 class DropPath(timm.layers.DropPath):
@@ -42,12 +42,26 @@ class DropPath(timm.layers.DropPath):
         return x * (is_kept_B11 / self.keep).to(x.dtype)
 
 
+def drop_path_rates(o: ViTOptions) -> list[float]:
+    """Return one rate of stochastic depth per block, from 0 to drop_path_rate or all the same."""
+    if o.drop_path_uniform:
+        return [o.drop_path_rate] * o.depth
+    return torch.linspace(0, o.drop_path_rate, o.depth, device="cpu").tolist()
+
+
+def _require(is_ok: bool, option: str, value: object, problem: str) -> None:
+    if not is_ok:
+        raise ValueError(f"config model.vit.{option}={value}: {problem}")
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention branch, then x + feed-forward branch."""
 
-    def __init__(self, o: VitOptions, *, drop_path: float, ffn: nn.Module | None) -> None:
+    def __init__(
+        self, o: ViTOptions, *, drop_path: float, ffn: nn.Module | None, backend: str, sdpa: str
+    ) -> None:
         super().__init__()
-        is_te, dim = o.backend == "te", o.embed_dim
+        is_te, dim = backend == "te", o.embed_dim
         self.norm1 = None if is_te else modules.layer_norm(dim)
         self.attn = modules.Attention(
             dim,
@@ -58,12 +72,12 @@ class Block(nn.Module):
             proj_bias=o.proj_bias,
             attn_drop=o.attn_drop_rate,
             proj_drop=o.proj_drop_rate,
-            kernel=o.sdpa,
-            backend=o.backend,
+            kernel=sdpa,
+            backend=backend,
         )
         self.ls1 = None if o.init_values is None else modules.LayerScale(dim)
         self.norm2 = None if is_te and ffn is None else modules.layer_norm(dim)
-        self.mlp = _dense_mlp(o) if ffn is None else ffn
+        self.mlp = _dense_mlp(o, backend) if ffn is None else ffn
         self.ls2 = None if o.init_values is None else modules.LayerScale(dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else None
         if is_te:
@@ -77,54 +91,31 @@ class Block(nn.Module):
         return x_BLD + through(self.drop_path, y_BLD)
 
 
-def _dense_mlp(o: VitOptions) -> nn.Module:
+def _dense_mlp(o: ViTOptions, backend: str) -> nn.Module:
     return modules.Mlp(
         o.embed_dim,
         o.hidden_dim,
         bias=o.proj_bias,
         scale_norm=o.scale_mlp_norm,
         drop=o.proj_drop_rate,
-        backend=o.backend,
-        has_norm=o.backend == "te",
+        backend=backend,
+        has_norm=backend == "te",
     )
-
-
-def _flops_per_token(ffn: nn.Module) -> int:
-    flops = getattr(ffn, "flops_per_token", None)
-    if not isinstance(flops, int):
-        raise TypeError(f"{type(ffn).__name__} needs an attribute flops_per_token: int, for MFU")
-    return flops
 
 
 class VisionTransformer(nn.Module):
     """Vision Transformer classifier; state_dict() has timm's keys and shapes with either backend.
 
     Args:
-        img_size: height and width in pixels; other sizes are refused unless `dynamic_img_size`.
-        num_classes: 0 for no head: the pooled features are returned.
-        global_pool: "token", "avg", "map" (attention), "max", "avgmax" or "" (logits per token).
-        init_values: initial layer scale; None for none.
-        distilled: a second token and head, whose logits are averaged with the first's; with
-            `distilled_training` set, training returns both apart, for distillation.
-        pos_embed: "learn", "none", or "sincos", which is fixed: init.sincos_positions.
-        no_embed_class: position embeddings for patches only.
-        pre_norm: norm before the blocks; the patch embedding then has no bias.
-        fc_norm: final norm after the pool instead of before; None: after avg, max and avgmax.
-        dynamic_img_size: take images of any multiple of the patch, resampling positions.
-        dynamic_img_pad: and of any size at all, zero-padded below and to the right.
-        patch_drop_rate: share of patches left out in training (they cost nothing).
-        drop_path_rate: stochastic depth of the last block; the first has 0, linear between.
-        drop_path_uniform: stochastic depth of all blocks is `drop_path_rate`.
-        weight_init: "" (timm), "jax", "jax_nlhb" or "moco"; the table is in init.initial_value.
-        fix_init: scale each block's output projections down with depth.
-        grad_checkpointing: recompute each block in backward.
-        sdpa: the attention kernel of the blocks, "auto" or one of modules.KERNELS; backend torch.
-        backend: "torch" or "te", see layers.resolve_backend.
+        options: the network; every one and its meaning is in options/schema.py.
         ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP, whose
-            options the other then sees to itself. A module of it whose
-            tensors are no plain `weight` and `bias` needs to be an init.HasInitialValue; for
-            `flops_per_image` the feed-forward needs an attribute `flops_per_token`.
+            options the other then sees to itself. A module of it whose tensors are not a plain
+            `weight` and `bias` needs to be an init.HasInitialValue.
         seed: initial values are a function of it and the parameter's name, on any device.
+        backend: "torch" or "te", see te.resolve_backend.
+        sdpa: the attention kernel of the blocks, "auto" or one of modules.KERNELS; backend torch.
+
+    With `distilled_training` set, training returns the logits of both heads apart.
 
     Raises:
         ValueError: an option has a value that cannot work, or no effect beside the others.
@@ -132,69 +123,40 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
+        options: ViTOptions,
         *,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "token",
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        qk_norm: bool = False,
-        scale_attn_norm: bool = False,
-        scale_mlp_norm: bool = False,
-        proj_bias: bool = True,
-        init_values: float | None = None,
-        class_token: bool = True,
-        distilled: bool = False,
-        pos_embed: str = "learn",
-        no_embed_class: bool = False,
-        reg_tokens: int = 0,
-        pre_norm: bool = False,
-        final_norm: bool = True,
-        fc_norm: bool | None = None,
-        dynamic_img_size: bool = False,
-        dynamic_img_pad: bool = False,
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        patch_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_path_uniform: bool = False,
-        weight_init: str = "",
-        fix_init: bool = False,
-        grad_checkpointing: bool = False,
-        sdpa: str = "auto",
-        backend: str = "torch",
         ffn: Callable[[int], nn.Module | None] | None = None,
         seed: int = 0,
+        backend: str = "torch",
+        sdpa: str = "auto",
     ) -> None:
-        arguments = dict(locals())  # the names of the signature: VitOptions repeats no default
         super().__init__()
-        names = [field.name for field in dataclasses.fields(VitOptions)]
-        self.options = VitOptions(**{name: arguments[name] for name in names})
-        self._build_stem(self.options)
+        check_vit(options)
+        self.options, self.backend = options, backend
+        self._build_stem(options)
         self.blocks = nn.ModuleList(
-            Block(self.options, drop_path=rate, ffn=None if ffn is None else ffn(i))
-            for i, rate in enumerate(self.options.drop_path_rates)
+            Block(
+                options,
+                drop_path=rate,
+                ffn=None if ffn is None else ffn(i),
+                backend=backend,
+                sdpa=sdpa,
+            )
+            for i, rate in enumerate(drop_path_rates(options))
         )
-        self._build_top(self.options)
+        self._build_top(options)
         self.distilled_training = False
         scheme = init.Scheme(
             seed=seed,
-            weight_init=weight_init,
-            fix_init=fix_init,
-            init_values=init_values,
-            num_classes=num_classes,
-            sincos_hw=self.options.grid_hw if pos_embed == "sincos" else None,
+            weight_init=options.weight_init,
+            fix_init=options.fix_init,
+            init_values=options.init_values,
+            num_classes=options.num_classes,
+            sincos_hw=options.grid_hw if options.pos_embed == "sincos" else None,
         )
         init.attach(self, scheme, canonical_name=te.canonical_name)
 
-    def _build_stem(self, o: VitOptions) -> None:
+    def _build_stem(self, o: ViTOptions) -> None:
         dim = o.embed_dim
         self.patch_embed = modules.PatchEmbed(
             dim, o.in_chans, patch_hw=o.patch_hw, bias=not o.pre_norm, is_padded=o.dynamic_img_pad
@@ -216,7 +178,7 @@ class VisionTransformer(nn.Module):
         )
         self.norm_pre = modules.layer_norm(dim) if o.pre_norm else None
 
-    def _build_top(self, o: VitOptions) -> None:
+    def _build_top(self, o: ViTOptions) -> None:
         dim, is_after = o.embed_dim, o.is_norm_after_pool
         self.norm = modules.layer_norm(dim) if o.final_norm and not is_after else None
         is_map = o.global_pool == "map"
@@ -232,15 +194,15 @@ class VisionTransformer(nn.Module):
     def _check_image(self, image_BCHW: Tensor) -> None:
         o = self.options
         size_CHW = tuple(image_BCHW.shape[1:])
-        require(size_CHW[0] == o.in_chans, "in_chans", o.in_chans, f"got an image of {size_CHW}")
+        _require(size_CHW[0] == o.in_chans, "in_chans", o.in_chans, f"got an image of {size_CHW}")
         if not o.dynamic_img_size:
             fits = size_CHW[1:] == o.img_hw
             hint = "(dynamic_img_size=true takes any size)"
-            require(fits, "img_size", o.img_size, f"got an image of {size_CHW} {hint}")
+            _require(fits, "img_size", o.img_size, f"got an image of {size_CHW} {hint}")
         elif not o.dynamic_img_pad:
             fits = size_CHW[1] % o.patch_hw[0] == 0 and size_CHW[2] % o.patch_hw[1] == 0
             hint = "(dynamic_img_pad=true takes any size)"
-            require(fits, "patch_size", o.patch_size, f"does not divide {size_CHW} {hint}")
+            _require(fits, "patch_size", o.patch_size, f"does not divide {size_CHW} {hint}")
 
     def _positions(self, image_BCHW: Tensor) -> Tensor | None:
         if self.pos_embed is None or not self.options.dynamic_img_size:
@@ -283,35 +245,13 @@ class VisionTransformer(nn.Module):
         largest_BD = x_BLD.amax(dim=1)
         return largest_BD if kind == "max" else 0.5 * (largest_BD + x_BLD.mean(dim=1))
 
-    def flops_per_image(self) -> int:
-        """Return the FLOPs of the forward pass of one image of img_size, for MFU.
-
-        Matrix products only, a multiply and an add being 2; backward costs twice as much again. In
-        training mode without the patches that `patch_drop_rate` leaves out.
-
-        Raises:
-            TypeError: a feed-forward has no attribute `flops_per_token`.
-        """
-        o, dim = self.options, self.options.embed_dim
-        num_patches = math.prod(o.grid_hw)
-        num_kept = o.num_patches_in_training if self.training else num_patches
-        num_tokens = num_kept + o.num_prefix_tokens
-        patches = 2 * num_patches * dim * o.in_chans * math.prod(o.patch_hw)
-        attention = num_tokens * (8 * dim * dim + 4 * num_tokens * dim)  # qkv and proj; q k^T and v
-        ffns = [block.get_submodule("mlp") for block in self.blocks]
-        feed_forward = num_tokens * sum(_flops_per_token(ffn) for ffn in ffns)
-        pool = 0 if self.attn_pool is None else self.attn_pool.flops(num_kept)
-        num_heads = num_tokens if o.global_pool == "" else 1 + o.distilled
-        head = 2 * dim * o.num_classes * num_heads
-        return patches + o.depth * attention + feed_forward + pool + head
-
     def forward_features(self, image_BCHW: Tensor) -> Tensor:
         """Return the tokens after the last block, normed unless that comes after the pool."""
         x_BLD = self.embed(image_BCHW)
         is_recomputed = self.options.grad_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if is_recomputed:
-                x_BLD = recompute.checkpoint(block, x_BLD, backend=self.options.backend)
+                x_BLD = recompute.checkpoint(block, x_BLD, backend=self.backend)
             else:
                 x_BLD = block(x_BLD)
         return through(self.norm, x_BLD)

@@ -28,6 +28,7 @@ import moe
 from benchmarks import common
 from benchmarks.clock import Clock, Run, interleave, wall_clock
 from layers.modules import Mlp
+from options.schema import MoEOptions
 from routers.router import Router
 
 NUM_EXPERTS, TOP_K = 8, 2
@@ -132,14 +133,14 @@ def fill(layer: nn.Module) -> nn.Module:
 
 def build_layers(dim: int, hidden_dim: int) -> dict[str, nn.Module]:
     """Return the layer of each row; those with experts have the same weights."""
+    # Half a unit more: the width is int(dim * mlp_ratio).
+    ratio = (hidden_dim + 0.5) / dim
+    options = MoEOptions(num_experts=NUM_EXPERTS, top_k=TOP_K, mlp_ratio=ratio, switch_coef=0)
     ours = moe.MoE(
         dim,
-        hidden_dim,
-        router=Router(dim, NUM_EXPERTS, top_k=TOP_K),
-        activation="gelu",
-        shared=None,
+        options,
+        router=Router(dim, options),
         kernel_backend="torch",
-        exchange=None,
         sum_over_ranks=lambda total: total,
     )
     layers = {RIVAL: fill(Mlp(dim, TOP_K * hidden_dim)), OURS: fill(ours)}

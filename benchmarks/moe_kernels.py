@@ -17,6 +17,7 @@ from benchmarks.clock import Clock, Run, interleave
 from benchmarks.moe_rivals import Case, Problem
 from moe_kernels import ops
 from moe_kernels.tiles import LayerSize, Tiles, layer_size
+from options.schema import MoEOptions
 from routers.router import Router
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def rivals(p: Problem) -> dict[str, dict[str, Run]]:
 def parts(p: Problem, *, backend: str) -> dict[str, Run]:
     """Return each part of a step that runs by itself; products do in Triton only."""
     case, plan = p.case, ops.plan_rows(p.expert_id_Tk, p.case.num_experts)
-    router = Router(case.dim, case.num_experts, top_k=case.num_choices).to(p.x_TD.device)
+    options = MoEOptions(num_experts=case.num_experts, top_k=case.num_choices, switch_coef=0)
+    router = Router(case.dim, options).to(p.x_TD.device)
     for weight in router.parameters():
         nn.init.normal_(weight, std=0.02)
     y_RD, combine = _normal(p, case.num_rows, case.dim), torch.ops.moevit.combine

@@ -159,11 +159,6 @@ def _batch(config: Config, setting: Setting) -> Batch:
     return steps.make_batch(config, setting.world.device)
 
 
-def _flops(config: Config) -> int:
-    model = network.build_model(config, backend="torch", on_meta=True)
-    return model.train().flops_per_image()
-
-
 def timm_step(group: Group, setting: Setting, *, is_compiled: bool) -> Made:
     """Make timm's network in a plain loop, in autocast, as a whole compiled or not."""
     config = options(group, setting)
@@ -176,7 +171,7 @@ def timm_step(group: Group, setting: Setting, *, is_compiled: bool) -> Made:
 def _plain(model: nn.Module, config: Config, setting: Setting) -> Made:
     autocast = None if setting.dtype == torch.float32 else setting.dtype
     step = steps.plain_step(model, config, _batch(config, setting), autocast=autocast)
-    return Made(step, _flops(config))
+    return Made(step, network.flops_per_image(config))
 
 
 def plain_ours(group: Group, setting: Setting) -> Made:
@@ -189,7 +184,9 @@ def fsdp2(group: Group, setting: Setting) -> Made:
     """Make our network under torch's FSDP2."""
     config = options(group, setting, *EAGER)
     model, batch = steps.our_vit(config, setting.world.device), _batch(config, setting)
-    return Made(steps.fsdp2_step(model, config, batch, dtype=setting.dtype), _flops(config))
+    return Made(
+        steps.fsdp2_step(model, config, batch, dtype=setting.dtype), network.flops_per_image(config)
+    )
 
 
 def sharded(group: Group, setting: Setting, *more: str) -> Made:

@@ -38,7 +38,7 @@ def make_batch(config: Config, device: torch.device, *, seed: int = 0) -> Batch:
     """Return a batch of noise on `device`: image_BCHW in fp32, label_B, position_B."""
     vit, size = config.model.vit, config.dataset.train.batch_size
     generator = torch.Generator(device).manual_seed(seed)
-    shape_BCHW = (size, 3, *network.height_width(vit.img_size))
+    shape_BCHW = (size, 3, *vit.img_hw)
     image_BCHW = torch.randn(shape_BCHW, generator=generator, device=device)
     label_B = torch.randint(0, vit.num_classes, (size,), generator=generator, device=device)
     return Batch(image_BCHW, label_B, torch.arange(size))

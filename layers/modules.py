@@ -209,7 +209,6 @@ class Mlp(nn.Module):
         self.norm = layer_norm(hidden_dim) if scale_norm else None
         self.fc2 = linear(hidden_dim, dim, bias=bias, backend=backend)
         self.drop2 = nn.Dropout(drop) if drop > 0 else None
-        self.flops_per_token = 4 * dim * hidden_dim
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the feed-forward branch: x_BLD -> x_BLD."""
@@ -230,13 +229,6 @@ class AttentionPool(nn.Module):
         self.proj = linear(dim, dim, bias=True)
         self.norm = layer_norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def flops(self, num_tokens: int) -> int:
-        """Return the FLOPs of pooling one image's `num_tokens` tokens."""
-        dim = self.latent.shape[-1]
-        query_and_proj, key_and_value, attention = 4 * dim * dim, 4 * dim * dim, 4 * dim
-        one = query_and_proj + self.mlp.flops_per_token
-        return one + num_tokens * (key_and_value + attention)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return one vector per image: x_BLD -> x_BD."""

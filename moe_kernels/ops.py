@@ -10,12 +10,14 @@ triton_kernels.py; no router, no parameters and no communication here.
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 
 from moe_kernels import torch_ffn
 
@@ -395,3 +397,21 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, num_choices: int, backend: str) 
     Shapes: x_TD -> x_RD with R = T*k, where k is `num_choices`
     """
     return _gather_rows(x_TD, plan.order_R, plan.inverse_R, num_choices, backend)
+
+
+@flop_counter.register_flop_formula(torch.ops.moevit.moe_ffn)
+def _flops(
+    _x: Sequence[int],
+    _weight: Sequence[int],
+    order: Sequence[int],
+    _inverse: Sequence[int],
+    offset: Sequence[int],
+    w_in: Sequence[int],
+    _b_in: Sequence[int] | None,
+    w_out: Sequence[int],
+    *_: object,
+    **__: object,
+) -> int:
+    """Return the FLOPs of both matrix products of every row: what FlopCounterMode counts."""
+    num_rows, num_experts = order[0], offset[0] - 1
+    return 2 * num_rows * (math.prod(w_in) + math.prod(w_out)) // num_experts

@@ -1,7 +1,9 @@
-"""What the options must satisfy, alone and together, before anything is built.
+"""What options must satisfy: each its declaration, together what is here, before anything is built.
 
-Every refusal is a ValueError of one line: `config field=value: what is allowed`. What only the
-model can know (image size and patch size, widths and heads) the model checks.
+    Config -> validate -> Config        ViTOptions -> check_vit        MoEOptions -> check_moe
+
+Every refusal is a ValueError of one line: `config field=value: what is allowed`. What depends on
+the machine, the images or the weights is checked where those are known.
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from options.model_options import MoEOptions
-from options.schema import Config, TrainDataOptions, walk
+from options.schema import ROUTERS, Config, MoEOptions, ViTOptions, walk
 
 # The policies that timm reads; it leaves out what it does not understand without a word.
 _RAND = r"rand(-(m|n|inc|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*"
@@ -22,118 +23,213 @@ _POLICY = r"(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)?"
 AUTO_AUGMENT = re.compile(f"{_RAND}|{_AUGMIX}|{_POLICY}|3aug")
 
 
-def _check_value(name: str, value: object, *, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError unless one value is inside the range or the choices of its option."""
-    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+def _problem(value: object, metadata: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with one value by its declaration, None if nothing is."""
+    choices = metadata["choices"]
     if choices is not None and (value not in choices or isinstance(value, bool)):
-        allowed = ", ".join(
-            "null" if c is None else repr(c) if c == "" else str(c) for c in choices
-        )
-        raise ValueError(f"config {name}={value}: must be one of {allowed}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"config {name}={value}: must be a finite number")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if low is not None and value < low:
-            raise ValueError(f"config {name}={value}: must be at least {low}")
-        if high is not None and value > high:
-            raise ValueError(f"config {name}={value}: must be at most {high}")
-
-
-def _check_side(name: str, value: object) -> None:
-    sides = value if isinstance(value, list) and len(value) == 2 else [value]
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-        raise ValueError(
-            f"config {name}={value}: must be a positive number of pixels or [height, width]"
-        )
-
-
-def _check_lengths(config: Config) -> None:
-    lengths = {
-        "dataset.train.crop_scale": (config.dataset.train.crop_scale, 2),
-        "dataset.train.crop_ratio": (config.dataset.train.crop_ratio, 2),
-        "dataset.mean": (config.dataset.mean, config.model.vit.in_chans),
-        "dataset.std": (config.dataset.std, config.model.vit.in_chans),
-        "optimizer.betas": (config.optimizer.betas, 2),
+        names = ("null" if c is None else '""' if c == "" else str(c) for c in choices)
+        return f"must be one of {', '.join(names)}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    low, high, below = (metadata[name] for name in ("low", "high", "below"))
+    bounds = {
+        "must be a finite number": math.isfinite(value),
+        f"must be at least {low}": low is None or value >= low,
+        f"must be at most {high}": high is None or value <= high,
+        f"must be less than {below}": below is None or value < below,
     }
-    for name, (values, length) in lengths.items():
-        if len(values) != length:
-            raise ValueError(f"config {name}={values}: must have {length} values")
-    for name in ("dataset.train.crop_scale", "dataset.train.crop_ratio"):
-        if lengths[name][0][0] > lengths[name][0][1]:
-            raise ValueError(f"config {name}={lengths[name][0]}: must be [lowest, highest]")
+    return next((allowed for allowed, is_met in bounds.items() if not is_met), None)
 
 
-def _refuse_changed(values: object, names: tuple[str, ...], *, prefix: str, why: str) -> None:
-    """Raise ValueError if one of the options differs from its default, since it does nothing."""
-    default = type(values)()
-    for name in names:
-        value = getattr(values, name)
-        if value != getattr(default, name):
-            raise ValueError(f"config {prefix}.{name}={value}: has no effect with {why}")
+def _is_size(value: object) -> bool:
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    return all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
 
 
-def _check_unused(config: Config) -> None:
-    """Refuse options of things that are not in use."""
-    optimizer, wandb = config.optimizer, config.training.wandb
-    unused = {"adamw": ("momentum",), "sgd": ("betas", "eps"), "lamb": ("momentum",)}[
-        optimizer.name
-    ]
-    why = f"optimizer.name={optimizer.name}"
-    _refuse_changed(optimizer, unused, prefix="optimizer", why=why)
-    if wandb.project is None:
-        why = "training.wandb.project=null"
-        _refuse_changed(wandb, ("mode",), prefix="training.wandb", why=why)
+def check_values(options: object, prefix: str = "") -> None:
+    """Raise ValueError unless every value of a (nested) options dataclass is as declared."""
+    for name, field, value in walk(options, prefix):
+        for item in value if isinstance(value, list) else [value]:
+            if problem := _problem(item, field.metadata):
+                raise ValueError(f"config {name}={item}: {problem}")
+        length = field.metadata["length"]
+        if length is not None and len(value) != length:
+            raise ValueError(f"config {name}={value}: must have {length} values")
+        if field.metadata["is_size"] and value is not None and not _is_size(value):
+            raise ValueError(
+                f"config {name}={value}: must be a positive number of pixels or [height, width]"
+            )
+
+
+class _Section:
+    """One section of the options, and its name for messages."""
+
+    def __init__(self, name: str, values: object) -> None:
+        self.name, self.values = name, values
+
+    def require(self, is_ok: bool, field: str, allowed: str) -> None:
+        """Raise ValueError about a field of the section unless `is_ok`."""
+        if not is_ok:
+            value = getattr(self.values, field)
+            shown = '""' if value == "" else value
+            raise ValueError(f"config {self.name}.{field}={shown}: {allowed}")
+
+    def refuse_changed(self, *fields: str, why: str) -> None:
+        """Raise ValueError if one of the fields differs from its default, since it does nothing."""
+        default = type(self.values)()
+        for field in fields:
+            is_default = getattr(self.values, field) == getattr(default, field)
+            self.require(is_default, field, f"has no effect with {why}")
+
+
+def check_vit(o: ViTOptions) -> None:
+    """Raise ValueError for a network that cannot be built, or an option without effect in it."""
+    check_values(o, "model.vit.")
+    vit = _Section("model.vit", o)
+    vit.require(o.embed_dim % o.num_heads == 0, "num_heads", f"must divide embed_dim={o.embed_dim}")
+    vit.require(o.hidden_dim >= 1, "mlp_ratio", "must give a hidden unit")
+    for side_px, patch_px in zip(o.img_hw, o.patch_hw, strict=True):
+        below_px = side_px // patch_px * patch_px
+        nearest = f"{below_px} or {below_px + patch_px}" if below_px else f"{patch_px}"
+        allowed = f"must be divisible by patch_size={o.patch_size} (try {nearest})"
+        vit.require(below_px == side_px, "img_size", allowed)
+    has_effect = o.dynamic_img_size or not o.dynamic_img_pad
+    vit.require(has_effect, "dynamic_img_pad", "needs dynamic_img_size=true")
+    _check_tokens(o, vit)
+    has_head = o.weight_init != "jax_nlhb" or o.num_classes > 0
+    vit.require(has_head, "weight_init", "needs a head")
+    vit.require(o.init_values != 0, "init_values", "must not be 0 (null: no layer scale)")
+    if not o.final_norm:
+        vit.refuse_changed("fc_norm", why="final_norm=false")
+    if o.drop_path_rate == 0:
+        vit.refuse_changed("drop_path_uniform", why="drop_path_rate=0")
+    if o.depth == 1 and not o.drop_path_uniform:
+        vit.refuse_changed("drop_path_rate", why="depth=1, since the first block's rate is 0")
+
+
+def _check_tokens(o: ViTOptions, vit: _Section) -> None:
+    is_token = o.global_pool == "token"
+    vit.require(o.class_token or not is_token, "global_pool", "needs class_token=true")
+    is_plain = is_token and o.reg_tokens == 0 and o.fc_norm is not True
+    allowed = "needs global_pool=token, reg_tokens=0 and no fc_norm"
+    vit.require(is_plain or not o.distilled, "distilled", allowed)
+    fits = o.embed_dim % 4 == 0 and o.embed_dim >= 8
+    allowed = f"needs an embed_dim of 8 or more that 4 divides, not {o.embed_dim}"
+    vit.require(fits or o.pos_embed != "sincos", "pos_embed", allowed)
+    if o.pos_embed == "none":
+        vit.refuse_changed("pos_drop_rate", why="pos_embed=none")
+    if o.pos_embed == "none" or o.num_prefix_tokens == 0:
+        why = "no position embedding, or no class or register token"
+        vit.refuse_changed("no_embed_class", why=why)
+    if math.prod(o.grid_hw) == 1:
+        vit.refuse_changed("patch_drop_rate", why="a single patch")
+
+
+def check_moe(o: MoEOptions) -> None:
+    """Raise ValueError for a layer of experts that cannot be built, or an option without effect."""
+    check_values(o, "model.moe.")
+    moe, router, goes_everywhere = _Section("model.moe", o), o.router, o.top_k == o.num_experts
+    everywhere = f"every token goes to every expert (top_k={o.top_k}): must be 0"
+    moe.require(o.num_experts >= 1, "num_experts", "must be at least 1")
+    moe.require(o.top_k <= o.num_experts, "top_k", f"must be at most num_experts={o.num_experts}")
+    moe.require(not (o.expert_drop and goes_everywhere), "expert_drop", everywhere)
+    is_forced = bool(o.expert_drop) and o.forced_balance
+    moe.require(not is_forced, "expert_drop", "must be 0 with forced_balance")
+    if router == "noisy_topk":
+        moe.require(o.is_normalized, "normalize", "router=noisy_topk always normalizes")
+    if o.is_normalized and o.num_experts > 1:
+        allowed = "must be at least 2 with normalized weights: one weight would always be 1"
+        moe.require(o.top_k >= 2, "top_k", allowed)
+    if router == "noisy":
+        moe.require(o.noise_std > 0, "noise_std", "router=noisy needs more than 0 (or softmax)")
+    else:
+        moe.refuse_changed("noise_std", why=f"router={router}")
+    if o.capacity_factor is not None:
+        limit = o.num_experts / o.top_k
+        allowed = f"must be less than {limit:g}, from where on nothing is dropped (or null)"
+        moe.require(o.capacity_factor < limit, "capacity_factor", allowed)
+    for name in ("load_coef", "switch_coef", "sequence_coef"):
+        moe.require(not (getattr(o, name) and goes_everywhere), name, everywhere)
+    if not ROUTERS[router].is_noisy:
+        allowed = f"router={router} has no noise, so its load has no gradient: must be 0"
+        moe.require(o.load_coef == 0, "load_coef", allowed)
+    used = [name for name in ("every_n", "last_n", "blocks") if getattr(o, name) is not None]
+    if len(used) != 1:
+        raise ValueError(
+            f"config model.moe: exactly one of every_n, last_n, blocks must be set, not {used}"
+        )
+
+
+def _check_experts(config: Config) -> None:
+    """Check experts beside the network and the mesh that they are part of."""
+    o, vit_o, ep = config.model.moe, config.model.vit, config.distributed.ep
+    moe, vit = _Section("model.moe", o), _Section("model.vit", vit_o)
+    mesh = _Section("distributed", config.distributed)
+    if o.num_experts == 0:
+        moe.refuse_changed(*vars(o), why="num_experts=0")
+        mesh.require(ep in (1, None), "ep", "must be 1 with model.moe.num_experts=0")
+        return
+    check_moe(o)
+    divides = ep is None or o.num_experts % ep == 0
+    mesh.require(divides, "ep", f"must divide model.moe.num_experts={o.num_experts}")
+    given = next(name for name in ("blocks", "last_n", "every_n") if getattr(o, name) is not None)
+    blocks = o.expert_blocks(vit_o.depth)
+    is_inside = bool(blocks) and blocks[0] >= 0 and blocks[-1] < vit_o.depth
+    moe.require(is_inside, given, f"must be some of the blocks 0 to {vit_o.depth - 1}")
+    for name in ("weight_init", "fix_init", "scale_mlp_norm"):
+        is_default = getattr(vit_o, name) == getattr(ViTOptions(), name)
+        vit.require(is_default, name, "experts have no form for it")
+    if len(blocks) == vit_o.depth:
+        vit.refuse_changed("mlp_ratio", why="experts in every block")
+    for name in ("mlp_ratio", "shared_ratio"):
+        ratio = getattr(o, name)
+        allowed = f"must be at least 1 / model.vit.embed_dim={vit_o.embed_dim}"
+        moe.require(ratio == 0 or int(vit_o.embed_dim * ratio) >= 1, name, allowed)
+
+
+def _check_model(config: Config) -> None:
+    model = _Section("model", config.model)
+    vit = _Section("model.vit", config.model.vit)
+    check_vit(config.model.vit)
+    vit.require(config.model.vit.in_chans == 3, "in_chans", "must be 3, the loader makes RGB")
+    vit.require(config.model.vit.num_classes > 0, "num_classes", "must be at least 1 to train")
+    has_classes = config.model.vit.global_pool != ""
+    vit.require(has_classes, "global_pool", "has no class per image to train on")
+    if config.model.backend == "torch":
+        model.refuse_changed("te_fp8", why="model.backend=torch (use te)")
+    if config.model.backend == "te":
+        model.refuse_changed("sdpa", why="model.backend=te")
+    if config.dataset.val.img_size is None:
+        names = ("dynamic_img_size", "dynamic_img_pad")
+        vit.refuse_changed(*names, why="dataset.val.img_size=null")
+    else:
+        val, is_dynamic = _Section("dataset.val", config.dataset.val), vit.values.dynamic_img_size  # type: ignore[attr-defined]
+        val.require(is_dynamic, "img_size", "needs model.vit.dynamic_img_size=true")
 
 
 def _check_dataset(config: Config) -> None:
     """Refuse ways to find and read images that lack something or do nothing."""
-    data = config.dataset
-    if data.path_env is None:
-        _refuse_changed(data, ("name",), prefix="dataset", why="dataset.path_env=null")
-    elif data.name is None:
-        raise ValueError(f"config dataset.name=null: must be a name in {data.path_env}")
-    if data.on_error == "stop":
-        _refuse_changed(data, ("max_bad",), prefix="dataset", why="dataset.on_error=stop")
-    if data.num_workers == 0:
-        _refuse_changed(data, ("timeout_s",), prefix="dataset", why="dataset.num_workers=0")
+    o = config.dataset
+    data = _Section("dataset", o)
+    if o.path_env is None:
+        data.refuse_changed("name", why="dataset.path_env=null")
+    else:
+        data.require(o.name is not None, "name", f"must be a name in {o.path_env}")
+    if o.on_error == "stop":
+        data.refuse_changed("max_bad", why="dataset.on_error=stop")
+    if o.num_workers == 0:
+        data.refuse_changed("timeout_s", why="dataset.num_workers=0")
 
 
-def _check_val_size(config: Config) -> None:
-    """A validation size of its own and a model that takes any size need each other."""
-    vit, size = config.model.vit, config.dataset.val.img_size
-    if size is None:
-        names = ("dynamic_img_size", "dynamic_img_pad")
-        _refuse_changed(vit, names, prefix="model.vit", why="dataset.val.img_size=null")
-        return
-    _check_side("dataset.val.img_size", size)
-    if not vit.dynamic_img_size:
-        raise ValueError(
-            f"config dataset.val.img_size={size}: needs model.vit.dynamic_img_size=true"
-        )
-
-
-def _check_no_effect(config: Config) -> None:
-    """Refuse settings that would do nothing in this combination."""
-    model, optimizer, fsdp = config.model, config.optimizer, config.fsdp
-    if model.vit.global_pool == "":
-        raise ValueError('config model.vit.global_pool="": has no class per image to train on')
-    if model.te_fp8 is not None and model.backend == "torch":
-        raise ValueError(
-            f"config model.te_fp8={model.te_fp8}: has no effect with model.backend=torch (use te)"
-        )
-    if fsdp.outer_dp_sharding_strategy == "optim" and (
-        config.distributed.dp_outer == 1 or fsdp.zero_dp_strategy not in (3, "optim_grads_params")
-    ):
-        raise ValueError(
-            "config fsdp.outer_dp_sharding_strategy=optim: needs distributed.dp_outer > 1 and "
-            f"fsdp.zero_dp_strategy=3 (are {config.distributed.dp_outer} and "
-            f"{fsdp.zero_dp_strategy})"
-        )
-    if optimizer.warmup_steps > config.training.steps:
-        raise ValueError(
-            f"config optimizer.warmup_steps={optimizer.warmup_steps}: must be at most "
-            f"training.steps={config.training.steps}"
-        )
+def _check_fsdp(config: Config) -> None:
+    outer, strategy = config.distributed.dp_outer, config.fsdp.zero_dp_strategy
+    is_possible = outer > 1 and strategy in (3, "optim_grads_params")
+    is_off = config.fsdp.outer_dp_sharding_strategy == "no_shard"
+    allowed = (
+        f"needs distributed.dp_outer > 1 and fsdp.zero_dp_strategy=3 (are {outer} and {strategy})"
+    )
+    fsdp = _Section("fsdp", config.fsdp)
+    fsdp.require(is_off or is_possible, "outer_dp_sharding_strategy", allowed)
 
 
 def peak_lr(config: Config, global_batch: int) -> float:
@@ -147,86 +243,120 @@ def peak_lr(config: Config, global_batch: int) -> float:
     scaled = "" if o.base_batch is None else f" x {global_batch} images / base_batch={o.base_batch}"
     for name in ("min_lr", "warmup_lr"):
         value = getattr(o, name)
-        if value is not None and value > peak:
-            raise ValueError(f"config optimizer.{name}={value}: must be at most lr={o.lr}{scaled}")
+        is_low = value is None or value <= peak
+        _Section("optimizer", o).require(is_low, name, f"must be at most lr={o.lr}{scaled}")
     return peak
 
 
-def _check_schedule(config: Config) -> None:
-    o = config.optimizer
+def _check_optimizer(config: Config) -> None:
+    o, steps = config.optimizer, config.training.steps
+    optimizer = _Section("optimizer", o)
+    is_short = o.warmup_steps <= steps
+    optimizer.require(is_short, "warmup_steps", f"must be at most training.steps={steps}")
+    unused = {"adamw": ("momentum",), "sgd": ("betas", "eps"), "lamb": ("momentum",)}[o.name]
+    optimizer.refuse_changed(*unused, why=f"optimizer.name={o.name}")
     if o.base_batch is None:
         peak_lr(config, 1)
     if o.warmup_steps == 0:
-        names = ("warmup_lr", "warmup_prefix")
-        _refuse_changed(o, names, prefix="optimizer", why="optimizer.warmup_steps=0")
-    if o.layer_decay == 1:
-        raise ValueError("config optimizer.layer_decay=1.0: has no effect (null is the same)")
+        optimizer.refuse_changed("warmup_lr", "warmup_prefix", why="optimizer.warmup_steps=0")
+    optimizer.require(o.layer_decay != 1, "layer_decay", "has no effect (null is the same)")
 
 
 def _check_augmentation(config: Config) -> None:
-    train = config.dataset.train
-    policy = train.auto_augment
-    if policy is not None and not AUTO_AUGMENT.fullmatch(policy):
-        raise ValueError(
-            f"config dataset.train.auto_augment={policy}: must be as rand-m9-n2-mstd0.5-inc1, "
-            "augmix-m3-w3, original-mstd0.5, v0 or 3aug, in timm's notation"
-        )
-    if policy is not None and "3a" not in policy and train.color_jitter:
-        raise ValueError(
-            f"config dataset.train.color_jitter={train.color_jitter}: has no effect with "
-            f"auto_augment={policy}, in timm"
-        )
-    turns = policy is not None and "3a" not in policy
-    if turns and (train.interpolation or config.dataset.interpolation) == "lanczos":
-        name = "dataset.train.interpolation" if train.interpolation else "dataset.interpolation"
-        raise ValueError(
-            f"config {name}=lanczos: Pillow cannot rotate with it, as "
-            f"dataset.train.auto_augment={policy} may (use bicubic)"
-        )
-    if train.crop_scale[1] == 0:
-        raise ValueError(f"config dataset.train.crop_scale={train.crop_scale}: must not end at 0")
-    if train.scaled_decode and (train.crop == "src" or train.interpolation == "random"):
-        why = "crop=src" if train.crop == "src" else "interpolation=random"
-        raise ValueError(f"config dataset.train.scaled_decode=True: has no effect with {why}")
-    if train.reprob == 0:
-        why = "reprob=0"
-        _refuse_changed(train, ("remode", "recount"), prefix="dataset.train", why=why)
-    if train.crop == "src":
-        names = ("crop_scale", "crop_ratio")
-        _refuse_changed(train, names, prefix="dataset.train", why="crop=src")
-        if train.interpolation == "random":
-            raise ValueError("config dataset.train.interpolation=random: needs crop=rrc")
+    o, policy = config.dataset.train, config.dataset.train.auto_augment
+    train = _Section("dataset.train", o)
+    allowed = (
+        "must be as rand-m9-n2-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, v0 or 3aug, in "
+        "timm's notation"
+    )
+    is_known = policy is None or AUTO_AUGMENT.fullmatch(policy) is not None
+    train.require(is_known, "auto_augment", allowed)
+    if policy is not None and "3a" not in policy:
+        train.refuse_changed("color_jitter", why=f"auto_augment={policy}, in timm")
+        allowed = f"Pillow cannot rotate with it, as auto_augment={policy} may (use bicubic)"
+        train.require(o.interpolation != "lanczos", "interpolation", allowed)
+        is_rotated = o.interpolation is None and config.dataset.interpolation == "lanczos"
+        _Section("dataset", config.dataset).require(not is_rotated, "interpolation", allowed)
+    for name in ("crop_scale", "crop_ratio"):
+        lowest, highest = getattr(o, name)
+        train.require(lowest <= highest, name, "must be [lowest, highest]")
+    train.require(o.crop_scale[1] > 0, "crop_scale", "must not end at 0")
+    if o.crop == "src":
+        train.refuse_changed("crop_scale", "crop_ratio", "scaled_decode", why="crop=src")
+        train.require(o.interpolation != "random", "interpolation", "needs crop=rrc")
+    if o.interpolation == "random":
+        train.refuse_changed("scaled_decode", why="interpolation=random")
+    if o.reprob == 0:
+        train.refuse_changed("remode", "recount", why="reprob=0")
 
 
-def _check_loss(config: Config) -> None:
-    t, num_classes = config.training, config.model.vit.num_classes
-    if t.loss == "ce":
-        names = ("bce_threshold", "bce_sum")
-        _refuse_changed(t, names, prefix="training", why="training.loss=ce")
-    if t.bce_threshold is not None and t.label_smoothing / num_classes > t.bce_threshold:
-        raise ValueError(
-            f"config training.label_smoothing={t.label_smoothing}: makes a target of every class, "
-            f"{t.label_smoothing} / {num_classes} being above bce_threshold={t.bce_threshold}"
-        )
+def _check_mixing(config: Config) -> None:
+    o = config.dataset.train
+    train, why = _Section("dataset.train", o), f"mixup={o.mixup} and cutmix={o.cutmix}"
+    if not (o.mixup and o.cutmix):
+        train.refuse_changed("mixup_switch_prob", why=why)
+    if not (o.mixup or o.cutmix):
+        train.refuse_changed("mixup_prob", "mixup_mode", why=why)
+        return
+    train.require(o.mixup_prob > 0, "mixup_prob", "nothing is mixed (or set both to 0)")
+    if o.mixup and o.cutmix:
+        never = "cutmix" if o.mixup_switch_prob == 0 else "mixup"
+        allowed = f"{never} is never drawn (set {never}=0 instead)"
+        train.require(o.mixup_switch_prob not in (0, 1), "mixup_switch_prob", allowed)
+    train.require(o.batch_size % 2 == 0, "batch_size", "must be even, mixup and cutmix mix pairs")
+
+
+def _check_training(config: Config) -> None:
+    o, num_classes = config.training, config.model.vit.num_classes
+    training = _Section("training", o)
+    if o.loss == "ce":
+        training.refuse_changed("bce_threshold", "bce_sum", why="training.loss=ce")
+    floor = o.label_smoothing / num_classes
+    allowed = (
+        f"makes a target of every class, {o.label_smoothing} / {num_classes} being above "
+        f"bce_threshold={o.bce_threshold}"
+    )
+    is_sparse = o.bce_threshold is None or floor <= o.bce_threshold
+    training.require(is_sparse, "label_smoothing", allowed)
+    if o.wandb.project is None:
+        wandb = _Section("training.wandb", o.wandb)
+        wandb.refuse_changed("mode", why="training.wandb.project=null")
 
 
 def _check_distillation(config: Config) -> None:
     """A teacher and a student with a second head need each other."""
-    d = config.distillation
-    if d.kind == "none":
+    o = config.distillation
+    distillation = _Section("distillation", o)
+    if o.kind == "none":
         names = ("teacher", "teacher_checkpoint", "alpha", "tau")
-        _refuse_changed(d, names, prefix="distillation", why="distillation.kind=none")
+        distillation.refuse_changed(*names, why="distillation.kind=none")
         return
-    if d.teacher is None:
-        raise ValueError(f"config distillation.kind={d.kind}: needs distillation.teacher")
-    if not config.model.vit.distilled:
-        raise ValueError(f"config distillation.kind={d.kind}: needs model.vit.distilled=true")
-    if d.alpha == 0:
-        raise ValueError(
-            "config distillation.alpha=0.0: has no effect (use distillation.kind=none)"
-        )
-    if d.kind == "hard":
-        _refuse_changed(d, ("tau",), prefix="distillation", why="distillation.kind=hard")
+    distillation.require(o.teacher is not None, "kind", "needs distillation.teacher")
+    distillation.require(config.model.vit.distilled, "kind", "needs model.vit.distilled=true")
+    distillation.require(o.alpha > 0, "alpha", "has no effect (use distillation.kind=none)")
+    if o.kind == "hard":
+        distillation.refuse_changed("tau", why="distillation.kind=hard")
+
+
+def _check_init(config: Config) -> None:
+    """Refuse ways to begin that lack something, and settings of others."""
+    o, num_experts = config.init, config.model.moe.num_experts
+    init, about_experts = _Section("init", o), ("experts", "gate", "gate_std")
+    is_auto = o.mode == "auto" and o.checkpoint is None
+    if o.mode == "scratch" or is_auto:
+        why = f"init.mode={o.mode}" + (" and no init.checkpoint" if is_auto else "")
+        init.refuse_changed("checkpoint", *about_experts, why=why)
+    init.require(
+        o.mode in ("auto", "scratch") or o.checkpoint is not None, "mode", "needs init.checkpoint"
+    )
+    if num_experts == 0:
+        init.refuse_changed(*about_experts, why="model.moe.num_experts=0")
+    allowed = (
+        "needs model.moe.num_experts > 0 and init.experts to be copy, split or null "
+        f"(are {num_experts} and {o.experts})"
+    )
+    can_upcycle = num_experts > 0 and o.experts != "random"
+    init.require(o.mode != "deit_upcycling" or can_upcycle, "mode", allowed)
 
 
 def _resolve_update_freq(config: Config) -> Config:
@@ -234,111 +364,30 @@ def _resolve_update_freq(config: Config) -> Config:
     t = config.training
     if t.update_freq is None:
         return config
-    if t.grad_accum_steps not in (1, t.update_freq):
-        raise ValueError(
-            f"config training.update_freq={t.update_freq}: is another name of grad_accum_steps="
-            f"{t.grad_accum_steps} and must not differ"
-        )
+    is_same = t.grad_accum_steps in (1, t.update_freq)
+    allowed = f"is another name of grad_accum_steps={t.grad_accum_steps} and must not differ"
+    _Section("training", t).require(is_same, "update_freq", allowed)
     training = dataclasses.replace(t, grad_accum_steps=t.update_freq, update_freq=None)
     return dataclasses.replace(config, training=training)
-
-
-def _check_mixing(config: Config) -> None:
-    train = config.dataset.train
-    given = {
-        name: getattr(train, name) for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode")
-    }
-    without_effect = []
-    if not (train.mixup or train.cutmix):
-        without_effect = [*given]
-    elif not (train.mixup and train.cutmix):
-        without_effect = ["mixup_switch_prob"]
-    for name in without_effect:
-        if given[name] != getattr(TrainDataOptions(), name):
-            raise ValueError(
-                f"config dataset.train.{name}={given[name]}: has no effect with "
-                f"mixup={train.mixup} and cutmix={train.cutmix}"
-            )
-    if (train.mixup or train.cutmix) and not train.mixup_prob:
-        raise ValueError("config dataset.train.mixup_prob=0: nothing is mixed (or set both to 0)")
-    if train.mixup and train.cutmix and train.mixup_switch_prob in (0, 1):
-        never = "cutmix" if train.mixup_switch_prob == 0 else "mixup"
-        raise ValueError(
-            f"config dataset.train.mixup_switch_prob={train.mixup_switch_prob}: {never} is never "
-            f"drawn (set {never}=0 instead)"
-        )
-    if (train.mixup or train.cutmix) and train.batch_size % 2:
-        raise ValueError(
-            f"config dataset.train.batch_size={train.batch_size}: must be even, mixup and cutmix "
-            "mix pairs"
-        )
-
-
-def _check_moe(config: Config) -> None:
-    moe, ep = config.model.moe, config.distributed.ep
-    if moe.num_experts == 0:
-        for name, _, value in walk(moe):
-            if value != getattr(MoEOptions(), name):
-                raise ValueError(
-                    f"config model.moe.{name}={value}: has no effect with num_experts=0"
-                )
-        if ep not in (1, None):
-            raise ValueError(f"config distributed.ep={ep}: must be 1 with model.moe.num_experts=0")
-        return
-    if ep is not None and moe.num_experts % ep:
-        raise ValueError(
-            f"config distributed.ep={ep}: must divide model.moe.num_experts={moe.num_experts}"
-        )
-    given = {name: getattr(moe, name) for name in ("every_n", "last_n", "blocks")}
-    used = [name for name, value in given.items() if value is not None]
-    if len(used) != 1:
-        raise ValueError(
-            f"config model.moe: exactly one of every_n, last_n, blocks must be set, not {used}"
-        )
-
-
-def _check_init(config: Config) -> None:
-    """Refuse ways to begin that lack something, and settings of others."""
-    init, num_experts = config.init, config.model.moe.num_experts
-    is_scratch = init.mode == "scratch" or (init.mode == "auto" and init.checkpoint is None)
-    about_experts = ("experts", "gate", "gate_std")
-    if is_scratch:
-        names = ("checkpoint", *about_experts)
-        why = f"init.mode={init.mode}" + (" and no init.checkpoint" if init.mode == "auto" else "")
-        _refuse_changed(init, names, prefix="init", why=why)
-    elif init.checkpoint is None:
-        raise ValueError(f"config init.mode={init.mode}: needs init.checkpoint")
-    if num_experts == 0:
-        _refuse_changed(init, about_experts, prefix="init", why="model.moe.num_experts=0")
-    if init.mode == "deit_upcycling" and (num_experts == 0 or init.experts == "random"):
-        raise ValueError(
-            "config init.mode=deit_upcycling: needs model.moe.num_experts > 0 and init.experts to "
-            f"be copy, split or null (are {num_experts} and {init.experts})"
-        )
 
 
 def validate(config: Config) -> Config:
     """Return `config` if every option is in range and has an effect, else raise ValueError.
 
     Options that are another name of one are taken over into that.
-
-    What only the model can know (image size and patch size, widths and heads) the model checks.
     """
-    for name, field, value in walk(config):
-        for item in value if isinstance(value, list) else [value]:
-            _check_value(name, item, metadata=field.metadata)
-    _check_side("model.vit.img_size", config.model.vit.img_size)
-    _check_side("model.vit.patch_size", config.model.vit.patch_size)
-    _check_lengths(config)
-    _check_no_effect(config)
-    _check_unused(config)
-    _check_val_size(config)
-    _check_dataset(config)
-    _check_schedule(config)
-    _check_augmentation(config)
-    _check_loss(config)
-    _check_distillation(config)
-    _check_mixing(config)
-    _check_moe(config)
-    _check_init(config)
+    check_values(config)
+    for check in (
+        _check_model,
+        _check_experts,
+        _check_fsdp,
+        _check_dataset,
+        _check_optimizer,
+        _check_augmentation,
+        _check_mixing,
+        _check_training,
+        _check_distillation,
+        _check_init,
+    ):
+        check(config)
     return _resolve_update_freq(config)

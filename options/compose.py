@@ -169,10 +169,8 @@ def options_table() -> str:
     for name, field, value in walk(Config()):
         data = field.metadata
         allowed = ", ".join(str(c) if c != "" else '""' for c in data["choices"] or ())
-        bounds = [f">= {data['low']}" if data["low"] is not None else ""]
-        bounds.append(f"<= {data['high']}" if data["high"] is not None else "")
+        signs = {"low": ">=", "high": "<=", "below": "<"}
+        bounds = [f"{sign} {data[key]}" for key, sign in signs.items() if data[key] is not None]
         shown = "null" if value is None else f'"{value}"' if value == "" else value
-        rows.append(
-            f"| `{name}` | {shown} | {allowed or ' '.join(bounds).strip()} | {data['doc']} |"
-        )
+        rows.append(f"| `{name}` | {shown} | {allowed or ', '.join(bounds)} | {data['doc']} |")
     return "\n".join(rows).replace("None", "null")

@@ -1,17 +1,265 @@
-"""Every option of a run: its type, default, range and meaning.
+"""Every option of a run: its type, default, range and meaning, declared once.
 
-The dataclasses, here and in model_options.py, are the only place for defaults; YAML files hold
-differences (compose.py reads them). Below train.py nobody sees a config object: functions take
-values.
+    name: type = option(default, "meaning", low=..., choices=...)
+
+A line here is all that a new option needs: `--help`, docs/config.md, the command line and the check
+of its range follow, and whoever is handed the dataclass reads `o.name`. YAML files hold differences
+from these defaults. What options must satisfy together is in checks.py.
+
+One idea: the list of options. A reader looks for a name here and nowhere else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from options.model_options import ModelOptions, option, section
+T = TypeVar("T")
+
+
+def option(
+    default: T,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: tuple[str | int | None, ...] | None = None,
+    length: int | None = None,
+    is_size: bool = False,
+) -> T:
+    """Declare an option; None, as a default or a value, passes every check but `choices`.
+
+    `low <= value <= high`, `value < below`, or one of `choices`; each item of a list, which has
+    `length` items. `is_size`: a positive number of pixels, or [height, width].
+    """
+    metadata = {
+        "doc": doc,
+        "low": low,
+        "high": high,
+        "below": below,
+        "choices": choices,
+        "length": length,
+        "is_size": is_size,
+    }
+    if isinstance(default, list):
+        kept = list(default)
+        return dataclasses.field(default_factory=lambda: list(kept), metadata=metadata)  # type: ignore[return-value]
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(kind: type[T]) -> T:
+    """Declare a nested group of options."""
+    return dataclasses.field(default_factory=kind)
+
+
+def height_width(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """Return an option of one side or [height, width] as (height, width) in pixels."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTOptions:
+    """The network, with timm's names: what `vit.VisionTransformer` is made from."""
+
+    img_size: Any = option(224, "pixels per side, or [height, width]", is_size=True)
+    patch_size: Any = option(16, "pixels per patch side, or [height, width]", is_size=True)
+    in_chans: int = option(3, "image channels; the loader makes RGB", low=1)
+    num_classes: int = option(1000, "classes of the head; 0: no head, features only", low=0)
+    global_pool: str = option(
+        "token",
+        "what the head sees: class token, mean, attention pool, maximum, both, or each token",
+        choices=("token", "avg", "map", "max", "avgmax", ""),
+    )
+    embed_dim: int = option(768, "width D", low=1)
+    depth: int = option(12, "blocks", low=1)
+    num_heads: int = option(12, "attention heads A", low=1)
+    mlp_ratio: float = option(4.0, "hidden width of the FFN over D", low=0.01)
+    qkv_bias: bool = option(True, "bias of the qkv projection")
+    qk_norm: bool = option(False, "LayerNorm on queries and keys of each head")
+    scale_attn_norm: bool = option(False, "LayerNorm before the attention output projection")
+    scale_mlp_norm: bool = option(False, "LayerNorm inside the FFN, before its second matrix")
+    proj_bias: bool = option(True, "biases of the attention output, the FFN and the experts")
+    init_values: float | None = option(None, "initial LayerScale; null: no LayerScale", low=0)
+    class_token: bool = option(True, "prepend a class token")
+    distilled: bool = option(False, "and a distillation token, with a head of its own (DeiT)")
+    pos_embed: str = option(
+        "learn",
+        "position embedding; sincos: fixed sines and cosines of both axes, or init.checkpoint's",
+        choices=("learn", "sincos", "none"),
+    )
+    no_embed_class: bool = option(False, "no position embedding for class and register tokens")
+    reg_tokens: int = option(0, "register tokens (arXiv:2309.16588)", low=0)
+    pre_norm: bool = option(False, "LayerNorm before the blocks, no patch bias (CLIP)")
+    final_norm: bool = option(True, "LayerNorm after the blocks")
+    fc_norm: bool | None = option(None, "LayerNorm after pooling; null: exactly when pooling means")
+    dynamic_img_size: bool = option(False, "accept any image size, position embedding resized")
+    dynamic_img_pad: bool = option(False, "pad images to a multiple of the patch size")
+    drop_rate: float = option(0.0, "dropout before the head", low=0, below=1)
+    pos_drop_rate: float = option(0.0, "dropout after the position embedding", low=0, below=1)
+    patch_drop_rate: float = option(0.0, "share of patches dropped in training", low=0, below=1)
+    proj_drop_rate: float = option(
+        0.0, "dropout after projections; in experts after the last", low=0, below=1
+    )
+    attn_drop_rate: float = option(0.0, "dropout on attention weights", low=0, below=1)
+    drop_path_rate: float = option(0.0, "stochastic depth of the last block", low=0, below=1)
+    drop_path_uniform: bool = option(
+        False, "of all blocks (DeiT III); false: from 0, linear over the blocks"
+    )
+    weight_init: str = option(
+        "", "initialisation scheme of timm", choices=("", "jax", "jax_nlhb", "moco")
+    )
+    fix_init: bool = option(False, "scale residual projections by 1 / sqrt(2 (block + 1))")
+    grad_checkpointing: bool = option(False, "recompute blocks in the backward pass")
+
+    @property
+    def img_hw(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return height_width(self.img_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return height_width(self.patch_size)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Number of patches down and across."""
+        return self.img_hw[0] // self.patch_hw[0], self.img_hw[1] // self.patch_hw[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens, which stand before the patches."""
+        return int(self.class_token) + int(self.distilled) + self.reg_tokens
+
+    @property
+    def num_tokens_in_training(self) -> int:
+        """Length L of what the blocks see in training: prefix and the patches that are kept."""
+        num_kept = int(math.prod(self.grid_hw) * (1 - self.patch_drop_rate))
+        return max(1, num_kept) + self.num_prefix_tokens
+
+    @property
+    def num_pos_prefix(self) -> int:
+        """Prefix tokens that have a position embedding."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width inside a block's dense MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def is_norm_after_pool(self) -> bool:
+        """Whether the final norm is `fc_norm`, after the pool, rather than `norm`, before it."""
+        means = self.global_pool in ("avg", "max", "avgmax")
+        return means if self.fc_norm is None else self.fc_norm
+
+
+class RouterFacts(NamedTuple):
+    """What checks and upcycling must know of a router: `normalizes` where the user does not say."""
+
+    normalizes: bool = False  # a token's k weights sum to 1
+    is_noisy: bool = False  # noise on the logits, in training
+
+
+# The classes of these names are in routers/gates.py.
+ROUTERS = {
+    "softmax": RouterFacts(),
+    "sigmoid": RouterFacts(normalizes=True),
+    "noisy": RouterFacts(is_noisy=True),
+    "noisy_topk": RouterFacts(normalizes=True, is_noisy=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEOptions:
+    """Mixture-of-experts feed-forwards in place of some blocks' dense ones."""
+
+    num_experts: int = option(0, "experts E of a layer, over all ranks; 0: a dense model", low=0)
+    top_k: int = option(2, "experts per token k", low=1)
+    every_n: int | None = option(2, "each n-th block has experts (the last of each n)", low=1)
+    last_n: int | None = option(None, "the last n blocks have experts, instead of every_n", low=1)
+    blocks: list[int] | None = option(None, "these blocks have experts, instead of every_n", low=0)
+    mlp_ratio: float = option(4.0, "hidden width F of an expert over D", low=0.01)
+    shared_ratio: float = option(0.0, "hidden width of a dense expert beside them, over D", low=0)
+    activation: str = option(
+        "gelu", "in the experts", choices=("gelu", "relu", "silu", "swiglu", "geglu")
+    )
+    router: str = option("softmax", "how scores become weights", choices=tuple(ROUTERS))
+    normalize: bool | None = option(
+        None, "a token's k weights sum to 1; null: as the router has it"
+    )
+    noise_std: float = option(0.0, "router noisy: std of the noise on logits, times E", low=0)
+    jitter: float = option(
+        0.0, "router input times U(1 - jitter, 1 + jitter) in training", low=0, below=1
+    )
+    expert_drop: float = option(
+        0.0, "probability that an expert is closed to a token, in training", low=0, below=1
+    )
+    capacity_factor: float | None = option(
+        None, "limit of an expert's rows, over an even share; null: none is dropped", low=0.01
+    )
+    forced_balance: bool = option(False, "spread tokens evenly whatever the scores; for benchmarks")
+    importance_coef: float = option(0.0, "weight of CV^2 of the experts' summed weights", low=0)
+    load_coef: float = option(0.0, "weight of CV^2 of the experts' expected rows", low=0)
+    switch_coef: float = option(0.01, "weight of E sum f P over the batch", low=0)
+    sequence_coef: float = option(0.0, "weight of E sum f P per image", low=0)
+    z_coef: float = option(0.0, "weight of the squared logsumexp of the logits", low=0)
+    kernels: str = option(
+        "auto", "auto: triton on CUDA, torch on CPU", choices=("auto", "torch", "triton")
+    )
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether a token's k weights sum to 1."""
+        return ROUTERS[self.router].normalizes if self.normalize is None else self.normalize
+
+    @property
+    def has_balance_loss(self) -> bool:
+        """Whether uneven use of the experts costs anything."""
+        return any(value for name, value in vars(self).items() if name.endswith("_coef"))
+
+    def expert_blocks(self, depth: int) -> list[int]:
+        """Return which of `depth` blocks have experts: none in a dense model."""
+        if self.num_experts == 0:
+            return []
+        if self.blocks is not None:
+            return sorted(set(self.blocks))
+        if self.last_n is not None:
+            return list(range(depth - self.last_n, depth))
+        assert self.every_n is not None, "checks.py has seen that one of the three is given"
+        return list(range(self.every_n - 1, depth, self.every_n))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The model and how it computes."""
+
+    vit: ViTOptions = section(ViTOptions)
+    moe: MoEOptions = section(MoEOptions)
+    backend: str = option(
+        "auto",
+        "auto takes te on CUDA where it imports, and logs it",
+        choices=("auto", "torch", "te"),
+    )
+    te_fp8: str | None = option(
+        None, "fp8 scaling of backend te", choices=(None, "delayed", "current")
+    )
+    dtype: str = option(
+        "auto",
+        "compute dtype, auto: bf16 on CUDA, fp32 on CPU; main weights are fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    sdpa: str = option(
+        "auto",
+        "attention kernel of the blocks with backend torch; auto: PyTorch's choice",
+        choices=("auto", "flash", "cudnn", "efficient", "math"),
+    )
+    compile: bool = option(
+        False, "run each block as one compiled graph (backend torch); docs/performance.md"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +269,12 @@ class TrainDataOptions:
     root: str = option("data/tiny-imagenet-5", "dataset folder, or its train folder")
     images: int | None = option(None, "how many there must be; null: any", low=1)
     batch_size: int = option(64, "images per rank and microbatch", low=1)
-    crop_scale: list[float] = option([0.08, 1.0], "area range of RandomResizedCrop", low=0, high=1)
-    crop_ratio: list[float] = option([0.75, 4 / 3], "aspect range of RandomResizedCrop", low=0.01)
+    crop_scale: list[float] = option(
+        [0.08, 1.0], "area range of RandomResizedCrop", low=0, high=1, length=2
+    )
+    crop_ratio: list[float] = option(
+        [0.75, 4 / 3], "aspect range of RandomResizedCrop", low=0.01, length=2
+    )
     scaled_decode: bool = option(
         False, "decode JPEGs at 1/2, 1/4 or 1/8 where the crop has the pixels to spare"
     )
@@ -68,7 +320,7 @@ class ValDataOptions:
     images: int | None = option(None, "how many there must be; null: any", low=1)
     batch_size: int = option(64, "images per rank", low=1)
     img_size: Any = option(
-        None, "pixels per side; needs model.vit.dynamic_img_size; null: as trained"
+        None, "pixels per side; needs model.vit.dynamic_img_size; null: as trained", is_size=True
     )
     crop_ratio: float = option(
         0.875, "side of the centre crop over the resized side", low=0.01, high=1
@@ -109,8 +361,12 @@ class DatasetOptions:
     interpolation: str = option(
         "bicubic", "resampling filter", choices=("bilinear", "bicubic", "nearest", "lanczos")
     )
-    mean: list[float] = option([0.485, 0.456, 0.406], "per-channel mean, of pixels in 0..1")
-    std: list[float] = option([0.229, 0.224, 0.225], "per-channel std, of pixels in 0..1", low=1e-6)
+    mean: list[float] = option(
+        [0.485, 0.456, 0.406], "per-channel mean, of pixels in 0..1", length=3
+    )
+    std: list[float] = option(
+        [0.229, 0.224, 0.225], "per-channel std, of pixels in 0..1", low=1e-6, length=3
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +423,7 @@ class OptimizerOptions:
     )
     weight_decay: float = option(0.05, "not on norms, biases, tokens, position embeddings", low=0)
     betas: list[float] = option(
-        [0.9, 0.999], "averaging factors of AdamW and LAMB", low=0, high=0.99999
+        [0.9, 0.999], "averaging factors of AdamW and LAMB", low=0, high=0.99999, length=2
     )
     eps: float = option(1e-8, "epsilon of AdamW and LAMB", low=0)
     momentum: float = option(0.9, "SGD's momentum", low=0, high=1)

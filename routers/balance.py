@@ -2,7 +2,7 @@
 
     Scores, expert_id_Tk, weight_Tk -> local_sums -> one vector -> sum over ranks -> weighted_loss
 
-| coefficient | loss                                    | uniform | one expert has it all |
+| <name>_coef | loss                                   | uniform | one expert has it all |
 |-------------|-----------------------------------------|---------|-----------------------|
 | importance  | CV^2 of the weights summed per expert   | 0       | E                     |
 | load        | CV^2 of the expected rows per expert    | 0       | E                     |
@@ -25,26 +25,12 @@ whole batch only where the microbatches' sums agree.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class Coefficients:
-    """What each loss of this file is multiplied by; 0: it is not computed."""
-
-    importance: float = 0.0
-    load: float = 0.0
-    switch: float = 0.0
-    sequence: float = 0.0
-    z: float = 0.0
-
-    @property
-    def is_any(self) -> bool:
-        """True if there is a balance loss at all."""
-        return any(getattr(self, field.name) for field in fields(self))
+from options.schema import MoEOptions
 
 
 @dataclass(frozen=True)
@@ -133,46 +119,46 @@ def local_sums(
     expert_id_Tk: Tensor,
     weight_Tk: Tensor,
     *,
-    coefs: Coefficients,
+    o: MoEOptions,
     tokens_per_image: int | None,
 ) -> dict[str, Tensor]:
     """Return what the wanted losses need, as vectors summed over the tokens of this rank."""
     top_k = expert_id_Tk.shape[1]
     sums = {"tokens": scores.logits_TE.new_full((1,), len(expert_id_Tk))}
-    if coefs.importance:
+    if o.importance_coef:
         weight_TE = torch.zeros_like(scores.gate_TE).scatter(1, expert_id_Tk, weight_Tk)
         sums["importance"] = weight_TE.sum(0)
-    if coefs.load:
+    if o.load_coef:
         sums["load"] = win_probability(scores, top_k=top_k).sum(0)
-    if coefs.switch:
+    if o.switch_coef:
         rows_E = count_rows(expert_id_Tk, num_experts=scores.gate_TE.shape[1])
         sums["rows"] = rows_E.to(scores.share_TE.dtype)
         sums["share"] = scores.share_TE.sum(0)
-    if coefs.sequence:
+    if o.sequence_coef:
         assert tokens_per_image is not None, "the sequence loss is per image"
         share_TE = scores.share_TE
         losses_B = sequence_losses(expert_id_Tk, share_TE, tokens_per_image=tokens_per_image)
         sums["sequence"] = losses_B.sum()[None] * tokens_per_image
-    if coefs.z:
+    if o.z_coef:
         sums["z"] = z_losses(scores.logits_TE).sum()[None]
     return sums
 
 
-def weighted_loss(sums: dict[str, Tensor], coefs: Coefficients) -> Tensor:
+def weighted_loss(sums: dict[str, Tensor], o: MoEOptions) -> Tensor:
     """Return the losses of the sums over all ranks, each times its coefficient, added up."""
     num_tokens = sums["tokens"][0]
     loss = torch.zeros_like(num_tokens)
-    if coefs.importance:
-        loss = loss + coefs.importance * squared_cv(sums["importance"])
-    if coefs.load:
-        loss = loss + coefs.load * squared_cv(sums["load"])
-    if coefs.switch:
+    if o.importance_coef:
+        loss = loss + o.importance_coef * squared_cv(sums["importance"])
+    if o.load_coef:
+        loss = loss + o.load_coef * squared_cv(sums["load"])
+    if o.switch_coef:
         switch = switch_loss(sums["rows"], sums["share"], num_tokens=num_tokens)
-        loss = loss + coefs.switch * switch
-    if coefs.sequence:
-        loss = loss + coefs.sequence * sums["sequence"][0] / num_tokens
-    if coefs.z:
-        loss = loss + coefs.z * sums["z"][0] / num_tokens
+        loss = loss + o.switch_coef * switch
+    if o.sequence_coef:
+        loss = loss + o.sequence_coef * sums["sequence"][0] / num_tokens
+    if o.z_coef:
+        loss = loss + o.z_coef * sums["z"][0] / num_tokens
     return loss
 
 
@@ -181,14 +167,12 @@ def balance_loss(
     expert_id_Tk: Tensor,
     weight_Tk: Tensor,
     *,
-    coefs: Coefficients,
+    o: MoEOptions,
     tokens_per_image: int | None,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return the 0-d balance loss of all ranks' tokens. Calls `sum_over_ranks` once."""
-    local = local_sums(
-        scores, expert_id_Tk, weight_Tk, coefs=coefs, tokens_per_image=tokens_per_image
-    )
+    local = local_sums(scores, expert_id_Tk, weight_Tk, o=o, tokens_per_image=tokens_per_image)
     total = sum_over_ranks(torch.cat(list(local.values())))
     pieces = total.split([len(value) for value in local.values()])
-    return weighted_loss(dict(zip(local, pieces, strict=True)), coefs)
+    return weighted_loss(dict(zip(local, pieces, strict=True)), o)

@@ -2,12 +2,14 @@
 
     x_TD -> logits_TE -> noise, in training -> softmax or sigmoid -> Scores
 
-A new router is a class like LinearGate and a line in GATES: docs/moe.md. No choice of experts here.
+A new router is a class like LinearGate, a line in GATES and one in ROUTERS of options/schema.py:
+docs/moe.md. No choice of experts here.
 """
 
 import torch
 from torch import Tensor, nn
 
+from options.schema import MoEOptions
 from routers.balance import Scores
 
 SMALLEST_SUM = 1e-20  # keeps weights finite where every score of a token underflowed
@@ -78,7 +80,7 @@ class LearntNoise(nn.Module):
 class LinearGate(nn.Module):
     """Scores of one linear map of the token.
 
-    | kind       | noise on the logits, in training            | gate of ranking r       |
+    | router     | noise on the logits, in training            | gate of ranking r       |
     |------------|---------------------------------------------|-------------------------|
     | softmax    | none                                        | softmax over all experts|
     | sigmoid    | none                                        | sigmoid                 |
@@ -90,12 +92,12 @@ class LinearGate(nn.Module):
     renormalised over the chosen).
     """
 
-    def __init__(self, dim: int, num_experts: int, *, kind: str, noise_std: float) -> None:
+    def __init__(self, dim: int, o: MoEOptions) -> None:
         super().__init__()
-        self.is_sigmoid = kind == "sigmoid"
-        self.noise_std = noise_std / num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.noise = LearntNoise(dim, num_experts) if kind == "noisy_topk" else None
+        self.is_sigmoid = o.router == "sigmoid"
+        self.noise_std = o.noise_std / o.num_experts
+        self.weight = nn.Parameter(torch.empty(o.num_experts, dim))
+        self.noise = LearntNoise(dim, o.num_experts) if o.router == "noisy_topk" else None
 
     def _noise_std(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor | None:
         if not self.training:
@@ -119,11 +121,10 @@ class LinearGate(nn.Module):
         return Scores(logits_TE, ranking_TE, gate_TE, renormalized(gate_TE), noise_std)
 
 
+# Whether a router normalises its weights and adds noise: ROUTERS of options/schema.py.
 GATES: dict[str, type[nn.Module]] = {
     "softmax": LinearGate,
     "sigmoid": LinearGate,
     "noisy": LinearGate,
     "noisy_topk": LinearGate,
 }
-# Whether the k weights of a token sum to 1, where the user does not say.
-NORMALIZES = {"softmax": False, "sigmoid": True, "noisy": False, "noisy_topk": True}

@@ -24,6 +24,7 @@ from layers import compile as block_compile
 from layers import modules
 from parallel import collectives, sharding
 from tests.support.experts import WaitCounter
+from tests.support.networks import build_vit
 from tests.support.runs import digest
 from training import losses, network, prepare
 from training.resume import resume
@@ -292,7 +293,7 @@ def test_transformer_engine_is_not_compiled_and_has_its_own_attention(small_run)
         network.check_compile(config, backend="te", reason="auto: it imports", device=CPU)
     options = {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32}
     with pytest.raises(ValueError, match=r"model.sdpa=flash: has no effect with backend te"):
-        vit.VisionTransformer(**options, sdpa="flash", backend="te")
+        build_vit(**options, sdpa="flash", backend="te")
 
 
 @pytest.mark.parametrize("override", ["model.compile=true", "model.sdpa=math"])
@@ -401,7 +402,7 @@ def test_experts_on_several_ranks_wait_once_per_layer_for_the_counts(ranks, smal
 
 # The meta device stands for CUDA: what goes between it and the host is counted.
 def test_mixing_model_and_loss_copy_nothing_between_host_and_device():
-    model = vit.VisionTransformer(
+    model = build_vit(
         img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5
     ).to("meta")
     mixer = Mixer(

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 import train
 from parallel import distributed
 from tests.support.models import relative_error
+from tests.support.networks import build_vit
 from tests.support.sharded import parts, worst_error
 from training import distillation, loaders, losses, network, prepare
 from training.distillation import Teacher
-from vit import VisionTransformer
 from weights.sources import Choice, read_source
 
 HARD = ["distillation.kind=hard", "distillation.teacher=x", "model.vit.distilled=true"]
@@ -40,7 +40,7 @@ def twins(**options):
     with torch.no_grad():  # a token and biases that are not zero
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    ours = VisionTransformer(**options, distilled=True)
+    ours = build_vit(**options, distilled=True)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 
@@ -72,26 +72,18 @@ def test_logits_and_every_gradient_are_timms(options, mode):
 
 def test_deit_tiny_distilled_is_timms():
     theirs = timm.create_model("deit_tiny_distilled_patch16_224")
-    ours = VisionTransformer(embed_dim=192, num_heads=3, distilled=True)
+    ours = build_vit(embed_dim=192, num_heads=3, distilled=True)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert_same(ours.eval(), theirs.eval(), image(2, 224))
 
 
 def test_initial_values_are_those_of_timm():
-    model = VisionTransformer(**SMALL | {"embed_dim": 192}, distilled=True)
+    model = build_vit(**SMALL | {"embed_dim": 192}, distilled=True)
     assert model.dist_token.std().item() == pytest.approx(0.02, rel=0.2)
     assert model.head_dist.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not model.head_dist.bias.any()
-    jax = VisionTransformer(**SMALL, distilled=True, weight_init="jax")
+    jax = build_vit(**SMALL, distilled=True, weight_init="jax")
     assert not jax.head_dist.weight.any()
-
-
-def test_flops_count_the_second_head_and_token():
-    plain, distilled = (VisionTransformer(**SMALL, distilled=d) for d in (False, True))
-    block = 8 * 48 * 48 + 2 * 2 * 4 * 48 * 48
-    attention = 4 * 48 * (18 * 18 - 17 * 17)
-    more = 2 * (block + attention) + 2 * 48 * 7
-    assert distilled.flops_per_image() - plain.flops_per_image() == more
 
 
 def test_hard_and_soft_losses_in_closed_form():
@@ -272,7 +264,7 @@ def test_mfu_counts_the_forward_pass_of_the_teacher(ranks, small_run, resnet_fil
     ranks(1, lambda world, config: train.train(config, world), config)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     line = next(line for line in lines if line["event"] == "train")
-    student = network.build_model(config, backend="torch", on_meta=True).train().flops_per_image()
+    student = network.flops_per_image(config)
     teacher = flops_of_convolutions(timm.create_model("test_resnet", num_classes=3), image(1, 32))
     assert teacher > 1_000_000
     expected = 100 * (3 * student + teacher) * line["images_per_s"] / 0.5e12
@@ -294,7 +286,7 @@ def test_run_of_ours_can_teach(ranks, small_run, resnet_file, tmp_path, capfd):
             config.distillation, teacher=str(folder), teacher_checkpoint=None
         ),
     )
-    flops = network.build_model(lesson, backend="torch", on_meta=True).eval().flops_per_image()
+    flops = network.flops_per_image(lesson, training=False)
     assert ranks(1, built, ours) == [("torch.float32", flops)]
     capfd.readouterr()
     ranks(1, built_for, ours, ["n00000000", "n00000001", "n00000002"])
@@ -355,11 +347,11 @@ def test_teacher_of_other_classes_is_refused(resnet_file, small_run):
         ),
         (["distillation.kind=firm"], "kind=firm: must be one of none, soft, hard"),
         (
-            [*HARD, "distillation.tau=3"],
+            [*HARD, "model.vit.global_pool=token", "distillation.tau=3"],
             "tau=3.0: has no effect with distillation.kind=hard",
         ),
         (
-            [*HARD, "distillation.alpha=0"],
+            [*HARD, "model.vit.global_pool=token", "distillation.alpha=0"],
             r"alpha=0.0: has no effect \(use distillation.kind=none\)",
         ),
     ],
@@ -375,4 +367,4 @@ def test_options_without_effect_are_refused(small_run, options, message):
 )
 def test_second_head_needs_a_token_to_read(options):
     with pytest.raises(ValueError, match="distilled=True: needs global_pool=token"):
-        VisionTransformer(**SMALL, **options, distilled=True)
+        build_vit(**SMALL, **options, distilled=True)

@@ -19,8 +19,7 @@ import export
 import train
 from images.image_reader import decode_rgb
 from options import compose
-from options.model_options import MoEOptions
-from options.schema import CheckpointOptions
+from options.schema import CheckpointOptions, MoEOptions
 from training import loaders, network
 
 ROOT = Path(train.__file__).parent

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from timm.models import VisionTransformer
 
 from benchmarks import fidelity
 from options import compose
+from tests.support.networks import build_vit
 from training import loaders, network, optim
 
 CONFIG = "vit_tiny_patch8_64"
@@ -31,7 +31,7 @@ def composed(*overrides):
 
 
 def plain_optimizer(config):
-    model = VisionTransformer(**fidelity.network_options(config))
+    model = build_vit(**fidelity.network_options(config))
     return model, fidelity.plain_optimizer(config, model)
 
 

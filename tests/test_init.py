@@ -7,9 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
 
-import vit
 from layers import init
-from options.vit_options import WEIGHT_INITS
+from tests.support.networks import build_vit
 
 SMALL = {
     "img_size": 32,
@@ -43,13 +42,13 @@ def materialise(model):
     return model
 
 
-@pytest.mark.parametrize("weight_init", WEIGHT_INITS)
+@pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco"])
 @pytest.mark.parametrize("options", [{}, EVERYTHING | {"fix_init": True}], ids=str)
 def test_meta_init_equals_eager_init_bit_for_bit(options, weight_init):
     options = SMALL | options | {"weight_init": weight_init, "seed": 7}
-    eager = vit.VisionTransformer(**options).state_dict()
+    eager = build_vit(**options).state_dict()
     with torch.device("meta"):
-        model = vit.VisionTransformer(**options)
+        model = build_vit(**options)
     assert all(parameter.is_meta for parameter in model.parameters())
     for name, value in materialise(model).state_dict().items():
         assert torch.equal(value, eager[name]), name
@@ -57,15 +56,15 @@ def test_meta_init_equals_eager_init_bit_for_bit(options, weight_init):
 
 def test_reset_parameters_of_a_copy_refers_to_the_copy():
     with torch.device("meta"):
-        original = vit.VisionTransformer(**SMALL)
+        original = build_vit(**SMALL)
     duplicate = materialise(copy.deepcopy(original))
-    expected = vit.VisionTransformer(**SMALL).state_dict()
+    expected = build_vit(**SMALL).state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in duplicate.state_dict().items())
     assert all(parameter.is_meta for parameter in original.parameters())
 
 
 def test_reset_parameters_fills_only_the_module_s_own_tensors():
-    model = vit.VisionTransformer(**SMALL)
+    model = build_vit(**SMALL)
     before = copy.deepcopy(model.state_dict())
     for parameter in model.parameters():
         parameter.data.zero_()
@@ -77,13 +76,13 @@ def test_reset_parameters_fills_only_the_module_s_own_tensors():
 
 
 def test_initial_values_depend_on_seed_and_name_and_not_on_the_global_generator():
-    first = vit.VisionTransformer(**SMALL).state_dict()
+    first = build_vit(**SMALL).state_dict()
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    second = vit.VisionTransformer(**SMALL | {"depth": 3}).state_dict()
+    second = build_vit(**SMALL | {"depth": 3}).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    other = vit.VisionTransformer(**SMALL, seed=1).state_dict()
+    other = build_vit(**SMALL, seed=1).state_dict()
     drawn = [name for name, value in first.items() if value.std() > 0]
     assert drawn
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
@@ -97,7 +96,7 @@ def test_fixed_positions_are_sines_and_cosines_of_column_and_row(prefix):
     rows, columns, dim = 2, 3, 16
     options = {"img_size": (16, 24), "patch_size": 8, "embed_dim": dim, "num_heads": 2, "depth": 1}
     options |= {"reg_tokens": 2} if prefix else {"class_token": False, "global_pool": "avg"}
-    model = vit.VisionTransformer(**options, pos_embed="sincos", weight_init="jax", seed=5)
+    model = build_vit(**options, pos_embed="sincos", weight_init="jax", seed=5)
     assert not model.pos_embed.requires_grad
     pos_LD = model.pos_embed[0].tolist()
     assert pos_LD[:prefix] == [[0.0] * dim] * prefix
@@ -110,7 +109,7 @@ def test_fixed_positions_are_sines_and_cosines_of_column_and_row(prefix):
             assert wave == pytest.approx((math.sin, math.cos)[group % 2](angle), abs=1e-7)
 
 
-@pytest.mark.parametrize("weight_init", WEIGHT_INITS)
+@pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco"])
 @pytest.mark.parametrize("fix_init", [False, True])
 def test_initial_distributions_equal_timm(weight_init, fix_init):
     options = {
@@ -126,7 +125,7 @@ def test_initial_distributions_equal_timm(weight_init, fix_init):
     }
     torch.manual_seed(0)
     theirs = dict(TimmVit(**options).named_parameters())
-    for name, ours in vit.VisionTransformer(**options).named_parameters():
+    for name, ours in build_vit(**options).named_parameters():
         if theirs[name].std() == 0:
             assert torch.equal(ours, theirs[name]), name
             continue
@@ -163,7 +162,7 @@ class ScaledWithRule(Scaled):
 
 
 def test_ffn_draws_its_own_initial_values_by_full_name():
-    model = vit.VisionTransformer(**SMALL, ffn=lambda i: ScaledWithRule(), seed=3)
+    model = build_vit(**SMALL, ffn=lambda i: ScaledWithRule(), seed=3)
     ffn = model.blocks[1].mlp
     whole = init.normal(torch.Size((4, 48)), 0.5, rng=init.generator(3, "blocks.1.mlp.slope"))
     assert torch.equal(ffn.slope, whole[2:])
@@ -173,11 +172,11 @@ def test_ffn_draws_its_own_initial_values_by_full_name():
 
 def test_ffn_tensor_without_an_init_rule_is_refused():
     with pytest.raises(TypeError, match=r"blocks\.0\.mlp\.\w+: .*initial_value"):
-        vit.VisionTransformer(**SMALL, ffn=lambda i: Scaled())
+        build_vit(**SMALL, ffn=lambda i: Scaled())
 
 
 def test_ffn_buffer_is_never_taken_for_a_parameter():
     ffn = nn.Identity()
     ffn.register_buffer("bias", torch.ones(3))
     with pytest.raises(TypeError, match=r"blocks\.0\.mlp\.bias: a buffer needs Identity"):
-        vit.VisionTransformer(**SMALL, ffn=lambda i: ffn)
+        build_vit(**SMALL, ffn=lambda i: ffn)

@@ -13,13 +13,12 @@ from timm.models.vision_transformer import VisionTransformer as TimmVit
 
 import moe
 import train
-from layers.modules import Mlp
 from options import compose
-from routers.gates import NORMALIZES
+from options.schema import ROUTERS
 from routers.router import Router
+from tests.support.networks import build_vit, moe_options
 from tests.support.sharded import parts, worst_error
 from training import loaders, network, prepare, pretrained
-from vit import VisionTransformer
 from weights import upcycling, warm_start
 from weights.provenance import in_short
 from weights.upcycling import ExpertFacts, Plan
@@ -53,7 +52,7 @@ def image_BCHW():  # noqa: N802  # a shape suffix
 
 
 def facts(num_experts, top_k, kind, normalize):
-    is_normalized = NORMALIZES[kind] if normalize is None else normalize
+    is_normalized = ROUTERS[kind].normalizes if normalize is None else normalize
     return ExpertFacts(
         num_experts=num_experts,
         top_k=top_k,
@@ -69,21 +68,25 @@ def moe_vit(hidden, num_experts, top_k, kind="softmax", normalize=True, shared=N
     def ffn(block):
         if block == 0:
             return None
-        noise_std = 1.0 if kind == "noisy" else 0.0
+        std = 1.0 if kind == "noisy" else 0.0
+        o = moe_options(
+            num_experts,
+            hidden_of=(hidden, DIM),
+            top_k=top_k,
+            router=kind,
+            normalize=normalize,
+            noise_std=std,
+            shared_ratio=(shared + 0.5) / DIM if shared else 0.0,
+        )
         return moe.MoE(
             DIM,
-            hidden,
-            router=Router(
-                DIM, num_experts, top_k=top_k, kind=kind, normalize=normalize, noise_std=noise_std
-            ),
-            activation="gelu",
-            shared=shared,
+            o,
+            router=Router(DIM, o),
             kernel_backend="torch",
-            exchange=None,
             sum_over_ranks=lambda value: value,
         )
 
-    return VisionTransformer(**{**SMALL, **options}, ffn=ffn, seed=5).eval()
+    return build_vit(**{**SMALL, **options}, ffn=ffn, seed=5).eval()
 
 
 def begin(model, source, plan, experts=None, **more):
@@ -120,7 +123,7 @@ def error_of(model, dense, image_BCHW):
 
 
 def test_a_dense_warm_start_has_timms_logits(dense, image_BCHW):
-    model = VisionTransformer(**SMALL, seed=5).eval()
+    model = build_vit(**SMALL, seed=5).eval()
     begin(model, dense.state_dict(), Plan(mode=WARM_START))
     assert error_of(model, dense, image_BCHW) <= 1e-5
 
@@ -192,7 +195,7 @@ def test_a_softmax_over_all_chosen_experts_keeps_the_function(dense, image_BCHW,
 
 def test_a_shared_expert_adds_nothing_at_first(dense, image_BCHW):
 
-    model = moe_vit(HIDDEN, 4, 2, shared=Mlp(DIM, 48))
+    model = moe_vit(HIDDEN, 4, 2, shared=48)
     begin(model, dense.state_dict(), Plan(mode=UPCYCLING), facts(4, 2, "softmax", True))
     assert error_of(model, dense, image_BCHW) <= 1e-5
 
@@ -244,7 +247,7 @@ def test_every_part_is_used_equally_often():
 
 
 def test_another_image_size_resamples_the_positions_as_timm_does(dense):
-    model = VisionTransformer(**{**SMALL, "img_size": (24, 16)}, seed=5)
+    model = build_vit(**{**SMALL, "img_size": (24, 16)}, seed=5)
     initial = begin(model, dense.state_dict(), Plan(mode=WARM_START))
     expected = resample_abs_pos_embed(dense.pos_embed, new_size=[6, 4], num_prefix_tokens=1)
     assert torch.equal(model.pos_embed, expected)
@@ -253,7 +256,7 @@ def test_another_image_size_resamples_the_positions_as_timm_does(dense):
 
 
 def test_fixed_positions_of_a_checkpoint_are_kept_and_stay_fixed(dense):
-    model = VisionTransformer(**SMALL, pos_embed="sincos", seed=5)
+    model = build_vit(**SMALL, pos_embed="sincos", seed=5)
     assert not torch.equal(model.pos_embed, dense.pos_embed)
     begin(model, dense.state_dict(), Plan(mode=WARM_START))
     assert torch.equal(model.pos_embed, dense.pos_embed)
@@ -261,7 +264,7 @@ def test_fixed_positions_of_a_checkpoint_are_kept_and_stay_fixed(dense):
 
 
 def test_positions_of_a_known_grid_are_resampled_even_if_their_number_agrees(dense):
-    model = VisionTransformer(**{**SMALL, "img_size": (8, 32)}, seed=5)
+    model = build_vit(**{**SMALL, "img_size": (8, 32)}, seed=5)
     begin(model, dense.state_dict(), Plan(mode=WARM_START))
     assert not torch.equal(model.pos_embed, dense.pos_embed)
     begin(model, dense.state_dict(), Plan(mode=WARM_START), source_grid_hw=(2, 8))
@@ -269,7 +272,7 @@ def test_positions_of_a_known_grid_are_resampled_even_if_their_number_agrees(den
 
 
 def test_other_classes_get_a_head_from_scratch(dense, image_BCHW):
-    model = VisionTransformer(**{**SMALL, "num_classes": 3}, seed=5).eval()
+    model = build_vit(**{**SMALL, "num_classes": 3}, seed=5).eval()
     before = model.head.weight.clone()
     initial = begin(model, dense.state_dict(), Plan(mode=WARM_START))
     assert initial.by_origin()["from scratch"] == ["head.weight", "head.bias"]
@@ -299,17 +302,17 @@ def test_a_distilled_checkpoint_loses_its_second_token_in_a_model_without(tmp_pa
     assert torch.equal(found["head.weight"], source["head.weight"])
     assert torch.equal(found["pos_embed"][:, 0], source["pos_embed"][:, 0])
     assert torch.equal(found["pos_embed"][:, 1:], source["pos_embed"][:, 2:])
-    begin(VisionTransformer(**SMALL, seed=5), found, Plan(mode=WARM_START))
+    begin(build_vit(**SMALL, seed=5), found, Plan(mode=WARM_START))
 
 
 def test_a_distilled_model_has_timms_logits(tmp_path, distilled, image_BCHW):
     path = tmp_path / "distilled.pth"
     torch.save({"model": distilled.state_dict()}, path)
-    model = VisionTransformer(**SMALL, distilled=True, seed=5).eval()
+    model = build_vit(**SMALL, distilled=True, seed=5).eval()
     initial = begin(model, pretrained.read(str(path)).weights, Plan(mode=WARM_START))
     assert list(initial.by_origin()) == ["loaded"]
     assert error_of(model, distilled, image_BCHW) <= 1e-5
-    fewer = VisionTransformer(**{**SMALL, "num_classes": 3}, distilled=True, seed=5)
+    fewer = build_vit(**{**SMALL, "num_classes": 3}, distilled=True, seed=5)
     initial = begin(fewer, distilled.state_dict(), Plan(mode=WARM_START))
     heads = [f"{head}.{kind}" for head in ("head", "head_dist") for kind in KINDS]
     assert initial.by_origin()["from scratch"] == heads
@@ -322,7 +325,7 @@ def test_an_encoder_of_m3vit_loses_it_too_and_lacks_a_top(tmp_path, distilled):
     torch.save({"model": {f"encoder.{name}": t for name, t in inner.items()}, "epoch": 3}, path)
     found = warm_start.without_distillation(pretrained.read(str(path)).weights)
     assert torch.equal(found["pos_embed"][:, 1:], source["pos_embed"][:, 2:])
-    initial = begin(VisionTransformer(**SMALL, seed=5), found, Plan(mode=WARM_START))
+    initial = begin(build_vit(**SMALL, seed=5), found, Plan(mode=WARM_START))
     assert initial.by_origin()["from scratch"] == TOP
 
 
@@ -449,7 +452,7 @@ def test_experts_of_another_activation_are_refused(dense):
 
 def test_what_does_not_fit_is_named(dense):
     source = dense.state_dict()
-    model = VisionTransformer(**SMALL, seed=5)
+    model = build_vit(**SMALL, seed=5)
     lacking = {name: tensor for name, tensor in source.items() if name != "cls_token"}
     with pytest.raises(ValueError, match=r"^it: does not fit the model: it lacks cls_token$"):
         begin(model, lacking, Plan(mode=WARM_START))

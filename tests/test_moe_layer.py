@@ -7,31 +7,32 @@ import torch
 from torch import nn
 
 import moe
-from layers.modules import Mlp
 from moe_kernels import ops, torch_ffn
-from routers.balance import Coefficients
 from routers.router import Router
 from tests.support.experts import WaitCounter, moe_vit, step_loss
+from tests.support.networks import moe_options
 from tests.support.sharded import batch
 
 DIM, HIDDEN, EXPERTS, CHOICES = 32, 48, 4, 2
-ALL_COEFS = Coefficients(importance=0.1, load=0.1, switch=0.1, sequence=0.1, z=0.01)
+ALL_COEFS = dict(importance=0.1, load=0.1, switch=0.1, sequence=0.1, z=0.01)
 
 
 def alone(value):
     return value
 
 
-def layer(*, backend="torch", shared=False, **router_options):
-    router = Router(DIM, EXPERTS, top_k=CHOICES, **router_options)
+def layer(*, backend="torch", shared=False, bias=True, drop=0.0, **router_options):
+    ratio = {"shared_ratio": (HIDDEN + 0.5) / DIM} if shared else {}
+    options = moe_options(
+        EXPERTS, hidden_of=(HIDDEN, DIM), top_k=CHOICES, **ratio, **router_options
+    )
     model = moe.MoE(
         DIM,
-        HIDDEN,
-        router=router,
-        activation="gelu",
-        shared=Mlp(DIM, HIDDEN) if shared else None,
+        options,
+        router=Router(DIM, options),
+        bias=bias,
+        drop=drop,
         kernel_backend=backend,
-        exchange=None,
         sum_over_ranks=alone,
     )
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +50,7 @@ def images(requires_grad=True):
 # The meta device stands for CUDA: it takes the same path, and whoever asks it for a value fails.
 def test_a_training_step_never_waits_for_the_device():
     options = {"jitter": 0.1, "expert_drop": 0.1, "capacity_factor": 0.9, "coefs": ALL_COEFS}
-    model = layer(backend="triton", shared=True, kind="noisy_topk", **options).to("meta")
+    model = layer(backend="triton", shared=True, router="noisy_topk", **options).to("meta")
     x_BLD = images().detach().to("meta").requires_grad_()
     with WaitCounter() as counter:
         (model(x_BLD).sum() + moe.balance_loss(model)).backward()
@@ -92,7 +93,7 @@ def test_the_torch_backend_does_wait_and_the_counter_sees_it():
 
 
 def gradients_with(_, kind, is_recomputed):
-    model = moe_vit(kind=kind, jitter=0.1, expert_drop=0.2, grad_checkpointing=is_recomputed)
+    model = moe_vit(router=kind, jitter=0.1, expert_drop=0.2, grad_checkpointing=is_recomputed)
     torch.manual_seed(3)
     step_loss(model, *batch(0, 0), share=1).backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -126,18 +127,7 @@ def test_a_copy_of_a_layer_that_was_used_is_a_layer():
 
 
 def test_no_biases_and_dropout_after_the_experts():
-    model = moe.MoE(
-        DIM,
-        HIDDEN,
-        router=Router(DIM, EXPERTS, top_k=CHOICES),
-        activation="gelu",
-        bias=False,
-        drop=0.5,
-        shared=None,
-        kernel_backend="torch",
-        exchange=None,
-        sum_over_ranks=alone,
-    )
+    model = layer(bias=False, drop=0.5)
     assert [name for name, _ in model.experts.named_parameters()] == ["w_in", "w_out"]
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -148,7 +138,7 @@ def test_no_biases_and_dropout_after_the_experts():
 
 
 def test_no_tokens_give_no_tokens():
-    model = layer(coefs=Coefficients(switch=0.1, sequence=0.1), capacity_factor=0.5)
+    model = layer(coefs=dict(switch=0.1, sequence=0.1), capacity_factor=0.5)
     assert model(torch.zeros(0, 7, DIM)).shape == (0, 7, DIM)
 
 
@@ -163,7 +153,7 @@ def gradients_of(run, model):
 
 
 def eager_and_compiled(_):
-    model = layer(shared=True, kind="noisy_topk", coefs=ALL_COEFS, capacity_factor=0.9)
+    model = layer(shared=True, router="noisy_topk", coefs=ALL_COEFS, capacity_factor=0.9)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     return gradients_of(model, model), gradients_of(compiled, model)
 
@@ -175,7 +165,7 @@ def test_compiled_as_one_graph_it_gives_the_same(ranks):
 
 
 def test_frozen_experts_get_no_gradient_and_change_nobody_elses():
-    model = layer(coefs=ALL_COEFS, kind="noisy", noise_std=1.0)
+    model = layer(coefs=ALL_COEFS, router="noisy", noise_std=1.0)
     _, expected_x, expected_gate, *_ = gradients_of(model, model)
     for parameter in model.experts.parameters():
         parameter.requires_grad_(False)
@@ -187,7 +177,7 @@ def test_frozen_experts_get_no_gradient_and_change_nobody_elses():
 
 def test_eval_draws_nothing_and_costs_nothing():
     options = {"jitter": 0.2, "expert_drop": 0.3, "coefs": ALL_COEFS}
-    model = layer(kind="noisy_topk", **options)
+    model = layer(router="noisy_topk", **options)
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():

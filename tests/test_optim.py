@@ -9,8 +9,8 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
+from tests.support.networks import build_vit
 from training import optim
-from vit import VisionTransformer
 
 SCHEDULE = {"peak": 1e-3, "final": 1e-5, "warmup_steps": 10, "num_steps": 110}
 
@@ -53,7 +53,7 @@ def test_decay_groups_equal_timm():
     }
     # timm's list leaves the register tokens and the pool's latent out; a token is a token.
     expected["reg_token"] = 0.0
-    ours = VisionTransformer(**options)
+    ours = build_vit(**options)
     names = {id(parameter): name for name, parameter in ours.named_parameters()}
     found = {
         names[id(parameter)]: group["weight_decay"]
@@ -85,7 +85,7 @@ def test_layer_decay_groups_equal_timm(more):
         for group in groups
         for parameter in group["params"]
     }
-    ours = VisionTransformer(**options)
+    ours = build_vit(**options)
     names = {id(parameter): name for name, parameter in ours.named_parameters()}
     groups = optim.parameter_groups(
         ours.named_parameters(), weight_decay=0.1, layer_decay=0.65, depth=3

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from parallel import sharding
+from tests.support.networks import build_vit
 from tests.support.sharded import (
     BATCH,
     MAX_NORM,
@@ -21,7 +22,6 @@ from tests.support.sharded import (
     train_sharded,
     worst_error,
 )
-from vit import VisionTransformer
 
 MESHES = [
     (1, {"strategy": 3}),
@@ -189,7 +189,7 @@ def test_fp32_compute_has_no_second_copy_of_the_weights(ranks):
 
 def initial_parts(world, strategy, on_meta, options):
     with torch.device("meta" if on_meta else "cpu"):
-        model = VisionTransformer(**options)
+        model = build_vit(**options)
     return parts(shard(world, model, strategy=strategy)[1])
 
 
@@ -205,7 +205,7 @@ def initial_parts(world, strategy, on_meta, options):
     ids=["small", "tiny", "jax", "map"],
 )
 def test_meta_init_is_eager_init_bit_for_bit(ranks, world_size, options):
-    eager = {name: p.detach() for name, p in VisionTransformer(**options).named_parameters()}
+    eager = {name: p.detach() for name, p in build_vit(**options).named_parameters()}
     for strategy in (1, 3):
         results = ranks(world_size, initial_parts, strategy, True, options)
         assert worst_error(results, eager) == 0

@@ -458,7 +458,7 @@ def test_mfu_follows_from_flops_and_a_named_peak(ranks, small_run, tmp_path):
     config = small_run("training.steps=2", "training.log_interval=2", "training.peak_tflops=0.5")
     ranks(1, lambda world: train.train(config, world))
     line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1])
-    flops = network.build_model(config, backend="torch", on_meta=True).flops_per_image()
+    flops = network.flops_per_image(config)
     expected = 100 * 3 * flops * line["images_per_s"] / 0.5e12
     assert line["mfu_percent"] == pytest.approx(expected, rel=1e-3)
 

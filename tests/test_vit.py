@@ -5,11 +5,11 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import vit
-from layers import modules
+from options.schema import Config, ModelOptions, MoEOptions, ViTOptions
 from tests.support.models import relative_error
+from tests.support.networks import build_vit
+from training import network
 
 SMALL = {
     "img_size": 32,
@@ -51,7 +51,7 @@ def twins(**options):
     options = SMALL | options
     theirs = TimmVit(**{k: v for k, v in options.items() if k not in OURS_ONLY})
     shake(theirs)
-    ours = vit.VisionTransformer(**options)
+    ours = build_vit(**options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 
@@ -90,7 +90,7 @@ def assert_same(ours, theirs, image_BCHW, seed=None):
 )
 def test_forward_and_every_gradient_equal_timm(name, width, heads):
     theirs = timm.create_model(name)
-    ours = vit.VisionTransformer(embed_dim=width, num_heads=heads)
+    ours = build_vit(embed_dim=width, num_heads=heads)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     assert_same(ours, theirs, image(2, 224, 224))
@@ -182,19 +182,19 @@ def test_dropping_draws_the_same_numbers_as_timm_and_stops_in_eval(options):
 
 
 def test_drop_path_rate_grows_linearly_over_blocks():
-    model = vit.VisionTransformer(**SMALL | {"depth": 4}, drop_path_rate=0.3)
+    model = build_vit(**SMALL | {"depth": 4}, drop_path_rate=0.3)
     rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in model.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
 def test_patch_drop_leaves_tokens_out_of_the_blocks():
-    model = vit.VisionTransformer(**SMALL, patch_drop_rate=0.5)
+    model = build_vit(**SMALL, patch_drop_rate=0.5)
     assert model.embed(image()).shape == (2, 1 + 8, 48)
     assert model.eval().embed(image()).shape == (2, 1 + 16, 48)
 
 
 def test_non_contiguous_and_channels_last_images_give_the_same_logits():
-    model = vit.VisionTransformer(**SMALL).eval()
+    model = build_vit(**SMALL).eval()
     wide_BCHW = torch.randn(2, 3, 32, 64)
     expected = model(wide_BCHW[..., ::2].contiguous())
     assert torch.equal(model(wide_BCHW[..., ::2]), expected)
@@ -205,8 +205,8 @@ def test_non_contiguous_and_channels_last_images_give_the_same_logits():
 @pytest.mark.parametrize("options", [{}, EVERYTHING | {"drop_path_rate": 0.3}], ids=str)
 def test_grad_checkpointing_changes_no_gradient_with_dropout_on(options):
     options = options | {"proj_drop_rate": 0.3, "attn_drop_rate": 0.2}
-    plain = vit.VisionTransformer(**SMALL | options)
-    frugal = vit.VisionTransformer(**SMALL | options, grad_checkpointing=True)
+    plain = build_vit(**SMALL | options)
+    frugal = build_vit(**SMALL | options, grad_checkpointing=True)
     (output, grads), (expected, expected_grads) = (
         run(model, image(), seed=3) for model in (frugal, plain)
     )
@@ -215,9 +215,7 @@ def test_grad_checkpointing_changes_no_gradient_with_dropout_on(options):
 
 
 def test_ffn_factory_is_called_per_block_and_none_means_dense():
-    model = vit.VisionTransformer(
-        **SMALL, ffn=lambda i: nn.Linear(48, 48, bias=False) if i == 1 else None
-    )
+    model = build_vit(**SMALL, ffn=lambda i: nn.Linear(48, 48, bias=False) if i == 1 else None)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert shapes["blocks.0.mlp.fc1.weight"] == (192, 48)
     assert shapes["blocks.1.mlp.weight"] == (48, 48)
@@ -226,39 +224,54 @@ def test_ffn_factory_is_called_per_block_and_none_means_dense():
     assert grads["blocks.1.mlp.weight"].norm() > 0
 
 
+def flops_by_hand(*, vit=None, moe=None, tokens, patches, heads=1, pool=0):
+    """Multiply-adds of each matrix product, twice: patches, attention, MLPs or experts, head."""
+    o, moe = ViTOptions(**SMALL | (vit or {})), MoEOptions(**(moe or {}))
+    dim, gated = o.embed_dim, 2 if moe.activation in ("swiglu", "geglu") else 1
+    attention = 4 * tokens * dim * dim + 2 * tokens * tokens * dim  # qkv, proj; q k^T and p v
+    dense = 2 * tokens * dim * int(dim * o.mlp_ratio)
+    width, shared = int(dim * moe.mlp_ratio), int(dim * moe.shared_ratio)
+    experts = tokens * (dim * moe.num_experts + moe.top_k * (gated + 1) * dim * width)
+    experts += 2 * tokens * dim * shared
+    num_sparse = o.depth // 2 if moe.num_experts else 0
+    stem = patches * dim * 3 * o.patch_hw[0] * o.patch_hw[1]
+    ffn = (o.depth - num_sparse) * dense + num_sparse * experts
+    return 2 * (stem + o.depth * attention + ffn + pool + heads * dim * o.num_classes)
+
+
+GATED = {"num_experts": 4, "top_k": 2, "mlp_ratio": 1.5, "activation": "swiglu"}
+# 16 patches of 8 x 8 pixels, 48 channels; the pool of 18 keys: k, v, q and proj, q k^T and p v, MLP
+MAP_POOL = 2 * 16 * 48 * 48 + 2 * 48 * 48 + 2 * 16 * 48 + 2 * 48 * 192
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("case", "training"),
     [
-        {},
-        {"global_pool": "map", "reg_tokens": 2},
-        {"global_pool": ""},
-        {"num_classes": 0, "mlp_ratio": 2.0, "img_size": (16, 32)},
-        {"patch_drop_rate": 0.4},
-        {"ffn": lambda i: modules.Mlp(48, 24)},
+        ({"tokens": 17, "patches": 16}, True),
+        ({"vit": {"global_pool": "map", "reg_tokens": 2}, "tokens": 19, "pool": MAP_POOL}, True),
+        ({"vit": {"global_pool": ""}, "tokens": 17, "heads": 17}, True),
+        ({"vit": {"num_classes": 0, "mlp_ratio": 2.0}, "tokens": 17}, True),
+        ({"vit": {"patch_drop_rate": 0.4}, "tokens": 10}, True),
+        ({"vit": {"patch_drop_rate": 0.4}, "tokens": 17}, False),
+        ({"vit": {"distilled": True}, "tokens": 18, "heads": 2}, True),
+        ({"moe": GATED, "tokens": 17}, True),
+        ({"moe": GATED | {"shared_ratio": 0.5, "z_coef": 0.1, "jitter": 0.1}, "tokens": 17}, True),
+        ({"moe": {"num_experts": 4, "router": "sigmoid", "mlp_ratio": 2.0}, "tokens": 17}, True),
     ],
-    ids=["plain", "map", "tokens", "no head", "patch dropout", "ffn"],
+    ids=str,
 )
-@pytest.mark.parametrize("training", [True, False])
-def test_flops_per_image_equal_the_counted_ones(options, training):
-    model = vit.VisionTransformer(**SMALL | options).train(training)
-    with (
-        nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
-    ):
-        model(image(1, *model.options.img_hw))
-    assert model.flops_per_image() == counter.get_total_flops()
-
-
-def test_flops_of_a_feed_forward_that_does_not_say_are_refused():
-    model = vit.VisionTransformer(**SMALL, ffn=lambda i: nn.Identity())
-    with pytest.raises(TypeError, match="Identity needs an attribute flops_per_token"):
-        model.flops_per_image()
+def test_flops_per_image_are_those_of_the_products(case, training):
+    case = {"patches": 16} | case
+    model = ModelOptions(
+        vit=ViTOptions(**SMALL | case.get("vit", {})), moe=MoEOptions(**case.get("moe", {}))
+    )
+    found = network.flops_per_image(Config(model=model), training=training)
+    assert found == flops_by_hand(**case)
 
 
 def test_block_touches_its_parameters_only_in_its_own_forward():
     """So that a sharding library may free a block's parameters outside of it."""
-    model = vit.VisionTransformer(**SMALL | EVERYTHING | {"global_pool": "avg"})
+    model = build_vit(**SMALL | EVERYTHING | {"global_pool": "avg"})
 
     def fill(block, value):
         for parameter in block.parameters():

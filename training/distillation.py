@@ -59,8 +59,8 @@ class Teacher(nn.Module):
 
 def _of_ours(
     path: Path, config: Config, device: torch.device, *, classes: Sequence[str]
-) -> tuple[nn.Module, Rgb, Rgb]:
-    """Return the network of a checkpoint of ours, and its mean and std."""
+) -> tuple[nn.Module, Config]:
+    """Return the network of a checkpoint of ours, and the options of its run."""
     hint = "is it the file of a model of timm? then name that, with teacher_checkpoint"
     try:
         source = read_source(path, Choice())
@@ -76,10 +76,10 @@ def _of_ours(
     backend, _ = network.pick_backend(config, device)
     model = network.build_model(trained, backend=backend, on_meta=False, device=device)
     model.load_state_dict(source.weights(), strict=True)
-    return model, trained.dataset.mean, trained.dataset.std
+    return model, trained
 
 
-def _of_timm(name: str, config: Config) -> tuple[nn.Module, Rgb, Rgb]:
+def _of_timm(name: str, config: Config) -> tuple[nn.Module, tuple[Rgb, Rgb]]:
     """Return a model of timm with its weights, and its mean and std."""
     if not timm.is_model(name):
         raise ValueError(
@@ -103,7 +103,7 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, Rgb, Rgb]:
         raise ValueError(
             f"config distillation.teacher={name}{where}: cannot be loaded: {reason}"
         ) from error
-    return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    return model, (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
 def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) -> Teacher:
@@ -116,19 +116,21 @@ def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) 
     """
     d, data = config.distillation, config.dataset
     assert d.teacher is not None, "the options say so"
-    path = Path(d.teacher).expanduser()
+    path, trained = Path(d.teacher).expanduser(), None
+    own: tuple[Rgb, Rgb]
     if path.exists():
         if d.teacher_checkpoint is not None:
             raise ValueError(
                 f"config distillation.teacher_checkpoint={d.teacher_checkpoint}: has no effect "
                 f"with teacher={path}, which is a checkpoint"
             )
-        model, mean, std = _of_ours(path, config, world.device, classes=classes)
+        model, trained = _of_ours(path, config, world.device, classes=classes)
+        own = (trained.dataset.mean, trained.dataset.std)
     else:
-        model, mean, std = _of_timm(d.teacher, config)
+        model, own = _of_timm(d.teacher, config)
     dtype = network.pick_dtype(config.model.dtype, world.device)
-    teacher = Teacher(model.to(dtype), of=(data.mean, data.std), own=(mean, std)).to(world.device)
-    height, width = network.height_width(config.model.vit.img_size)
+    teacher = Teacher(model.to(dtype), of=(data.mean, data.std), own=own).to(world.device)
+    height, width = config.model.vit.img_hw
     image_1CHW = torch.zeros(1, 3, height, width, device=world.device, dtype=dtype)
     try:
         with FlopCounterMode(display=False) as counter:
@@ -138,11 +140,11 @@ def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) 
             f"config distillation.teacher={d.teacher}: cannot take images of {height} x {width} "
             f"pixels, as model.vit.img_size says: {str(error).strip()}"
         ) from error
-    # It sees no kernels of Triton and TransformerEngine, which a network of ours may use.
-    if isinstance(model, VisionTransformer):
-        teacher.flops_per_image = model.flops_per_image()
-    else:
+    # torch does not count TransformerEngine's kernels, which a network of ours may use.
+    if trained is None:
         teacher.flops_per_image = counter.get_total_flops()
+    else:
+        teacher.flops_per_image = network.flops_per_image(trained, training=False)
     if shape != (1, config.model.vit.num_classes):
         raise ValueError(
             f"config distillation.teacher={d.teacher}: has {shape[-1]} classes, not "

@@ -17,10 +17,9 @@ from images.augment import Normaliser, Transform
 from images.feed import Feed
 from images.image_reader import ImageReader
 from images.index import ImageIndex, Split
-from options.schema import Config
+from options.schema import Config, height_width
 from parallel import collectives
 from parallel.distributed import World
-from training import network
 from training.run import Run
 
 
@@ -74,7 +73,7 @@ def train_transform(config: Config) -> Transform:
     """Return what turns an image into uint8 of the network's size, by chance."""
     data, train = config.dataset, config.dataset.train
     return augment.train_transform(
-        img_size=network.height_width(config.model.vit.img_size),
+        img_size=config.model.vit.img_hw,
         scale=(train.crop_scale[0], train.crop_scale[1]),
         ratio=(train.crop_ratio[0], train.crop_ratio[1]),
         crop=train.crop,
@@ -130,7 +129,7 @@ def val_transform(config: Config, *, is_raw: bool = False) -> Transform:
     data = config.dataset
     return augment.val_transform(
         is_raw=is_raw,
-        img_size=network.height_width(data.val.img_size or config.model.vit.img_size),
+        img_size=height_width(data.val.img_size or config.model.vit.img_size),
         crop_ratio=data.val.crop_ratio,
         interpolation=data.interpolation,
         mean=data.mean,

@@ -7,33 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 from layers import compile as block_compile
 from layers import modules, te
 from moe_kernels import ops
 from options import compose
-from options.model_options import ViTOptions
 from options.schema import Config
-from options.vit_options import VitOptions
 from parallel import collectives
-from routers.balance import Coefficients
 from routers.router import Router
 from vit import VisionTransformer
 from weights import formats
 from weights.formats import MtlFile
 from weights.sources import Source
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def height_width(size: int | list[int]) -> tuple[int, int]:
-    """Return an option of one side or [height, width] as (height, width) in pixels."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -53,35 +46,33 @@ def pick_backend(config: Config, device: torch.device) -> tuple[str, str]:
     return backend, reason
 
 
-def check_fp8(config: Config, options: VitOptions) -> None:
-    """Refuse sizes that fp8, if it was asked for, cannot work with."""
-    if config.model.te_fp8 is not None:
-        te.check_fp8_shapes(
-            embed_dim=options.embed_dim,
-            hidden_dim=options.hidden_dim,
-            batch_size=config.dataset.train.batch_size,
-            num_tokens=options.num_tokens_in_training,
-        )
-
-
-def block_choices(config: Config, options: VitOptions, device: torch.device) -> dict[str, object]:
+def block_choices(config: Config, backend: str, device: torch.device) -> dict[str, object]:
     """Return how blocks of backend torch run in training: attention kernel, compiled or not.
 
     Raises:
-        ValueError: The one that was asked for does not work here.
+        ValueError: The one that was asked for does not work here, or fp8 does not for these sizes.
     """
-    if options.backend == "te":
+    vit, name = config.model.vit, config.model.sdpa
+    if config.model.te_fp8 is not None:
+        te.check_fp8_shapes(
+            embed_dim=vit.embed_dim,
+            hidden_dim=vit.hidden_dim,
+            batch_size=config.dataset.train.batch_size,
+            num_tokens=vit.num_tokens_in_training,
+        )
+    if backend == "te":
+        if name != "auto":
+            raise ValueError(f"config model.sdpa={name}: has no effect with backend te")
         return {}
     dtype = pick_dtype(config.model.dtype, device)
-    head_dim, drop = options.embed_dim // options.num_heads, options.attn_drop_rate
-    num_tokens = options.num_tokens_in_training
+    head_dim, drop = vit.embed_dim // vit.num_heads, vit.attn_drop_rate
+    num_tokens = vit.num_tokens_in_training
     usable = modules.usable_kernels(
         device=device, dtype=dtype, head_dim=head_dim, num_tokens=num_tokens, drop=drop
     )
     where = f"{dtype} on {device}, {num_tokens} tokens, heads of {head_dim}, dropout {drop:g}"
-    modules.check_kernel(config.model.sdpa, usable, where=where)
-    usable_names = " ".join(usable)
-    return {"sdpa": config.model.sdpa, "sdpa_usable": usable_names, "compile": config.model.compile}
+    modules.check_kernel(name, usable, where=where)
+    return {"sdpa": name, "sdpa_usable": " ".join(usable), "compile": config.model.compile}
 
 
 def check_compile(config: Config, *, backend: str, reason: str, device: torch.device) -> None:
@@ -103,72 +94,6 @@ def compile_model(config: Config, vit: VisionTransformer) -> None:
         block_compile.compile_blocks(vit.blocks)
 
 
-def _check_beside_experts(config: Config, blocks: list[int]) -> None:
-    """Refuse what experts have no form for, and what only dense blocks would see."""
-    vit, o, default = config.model.vit, config.model.moe, ViTOptions()
-    names = ["weight_init", "fix_init", "scale_mlp_norm"]
-    names += ["mlp_ratio"] if len(blocks) == vit.depth else []
-    for name in names:
-        if getattr(vit, name) != getattr(default, name):
-            why = "no block is dense" if name == "mlp_ratio" else "experts have no form for it"
-            raise ValueError(f"config model.vit.{name}={getattr(vit, name)}: {why}")
-    for name, ratio in (("mlp_ratio", o.mlp_ratio), ("shared_ratio", o.shared_ratio)):
-        if ratio and int(vit.embed_dim * ratio) < 1:
-            raise ValueError(
-                f"config model.moe.{name}={ratio}: must be at least 1 / model.vit.embed_dim="
-                f"{vit.embed_dim}"
-            )
-
-
-def moe_factory(
-    config: Config, exchange: moe.Exchange | None, device: torch.device
-) -> Callable[[int], nn.Module | None]:
-    """Return the function from a block's number to its mixture of experts, None for a dense one."""
-    o, vit = config.model.moe, config.model.vit
-    blocks = moe.expert_blocks(depth=vit.depth, every_n=o.every_n, last_n=o.last_n, blocks=o.blocks)
-    _check_beside_experts(config, blocks)
-    backend, _ = ops.resolve_kernels(o.kernels, device)
-    coefs = Coefficients(
-        importance=o.importance_coef,
-        load=o.load_coef,
-        switch=o.switch_coef,
-        sequence=o.sequence_coef,
-        z=o.z_coef,
-    )
-
-    def build(block: int) -> nn.Module | None:
-        if block not in blocks:
-            return None
-        router = Router(
-            vit.embed_dim,
-            o.num_experts,
-            top_k=o.top_k,
-            kind=o.router,
-            normalize=o.normalize,
-            noise_std=o.noise_std,
-            jitter=o.jitter,
-            expert_drop=o.expert_drop,
-            capacity_factor=o.capacity_factor,
-            forced_balance=o.forced_balance,
-            coefs=coefs,
-        )
-        width = int(vit.embed_dim * o.shared_ratio)
-        return moe.MoE(
-            vit.embed_dim,
-            int(vit.embed_dim * o.mlp_ratio),
-            router=router,
-            activation=o.activation,
-            bias=vit.proj_bias,
-            drop=vit.proj_drop_rate,
-            shared=modules.Mlp(vit.embed_dim, width, bias=vit.proj_bias) if width else None,
-            kernel_backend=backend,
-            exchange=exchange,
-            sum_over_ranks=collectives.sum_over_ranks,
-        )
-
-    return build
-
-
 def expert_choices(config: Config, device: torch.device) -> dict[str, object]:
     """Return which kernels compute the experts, and why; nothing for a dense model."""
     if not config.model.moe.num_experts:
@@ -183,7 +108,7 @@ def build_model(
     backend: str,
     on_meta: bool,
     exchange: moe.Exchange | None = None,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
     sdpa: str = "auto",
 ) -> VisionTransformer:
     """Build the ViT, on the meta device or the CPU; its values depend on seed and names alone.
@@ -192,17 +117,47 @@ def build_model(
     where the model will compute, which decides the expert kernels. `model.sdpa` is for training:
     `sdpa` is what counts here.
     """
-    options = dataclasses.asdict(config.model.vit)
-    for name in ("img_size", "patch_size"):
-        if isinstance(options[name], list):
-            options[name] = height_width(options[name])
-    ffn = None
-    if config.model.moe.num_experts:
-        ffn = moe_factory(config, exchange, device or torch.device("cpu"))
+    vit, o = config.model.vit, config.model.moe
+    blocks = o.expert_blocks(vit.depth)
+    kernel_backend, _ = ops.resolve_kernels(o.kernels, device)
+
+    def experts(block: int) -> nn.Module | None:
+        if block not in blocks:
+            return None
+        return moe.MoE(
+            vit.embed_dim,
+            o,
+            router=Router(vit.embed_dim, o),
+            bias=vit.proj_bias,
+            drop=vit.proj_drop_rate,
+            kernel_backend=kernel_backend,
+            exchange=exchange,
+            sum_over_ranks=collectives.sum_over_ranks,
+        )
+
     with torch.device("meta") if on_meta else contextlib.nullcontext():
         return VisionTransformer(
-            **options, sdpa=sdpa, backend=backend, ffn=ffn, seed=config.training.seed
+            vit, ffn=experts, seed=config.training.seed, backend=backend, sdpa=sdpa
         )
+
+
+def flops_per_image(config: Config, *, training: bool = True) -> int:
+    """Return the FLOPs of the forward pass of one image of img_size, for MFU.
+
+    Matrix products only, a multiply and an add being 2; a backward pass costs twice as much again.
+    In training without the patches that `patch_drop_rate` leaves out. Whatever the backend and the
+    mesh, this counts an unsharded model of backend torch, on the meta device.
+    """
+    o = config.model
+    # A balance loss is summed over ranks, which meta tensors cannot be; it has no matrix product.
+    silent = {name: 0.0 for name in vars(o.moe) if name.endswith("_coef")}
+    plain = dataclasses.replace(o, moe=dataclasses.replace(o.moe, **silent))  # type: ignore[arg-type]
+    counted = dataclasses.replace(config, model=plain)
+    model = build_model(counted, backend="torch", on_meta=True).train(training)
+    image_1CHW = torch.empty(1, o.vit.in_chans, *o.vit.img_hw, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image_1CHW)
+    return counter.get_total_flops()
 
 
 def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:

@@ -120,8 +120,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         device=world.device,
         sdpa=config.model.sdpa,
     )
-    network.check_fp8(config, vit.options)
-    block_choices = network.block_choices(config, vit.options, world.device)
+    block_choices = network.block_choices(config, backend, world.device)
     train_index, val_index = find_images(config, world)
     model = sharding.shard_model(
         vit,
@@ -145,7 +144,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         train_index=train_index,
         val_index=val_index,
         dtype=dtype,
-        flops_per_image=vit.train().flops_per_image(),
+        flops_per_image=network.flops_per_image(config),
         criterion=build_criterion(config),
     )
     choices = {

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-from options.schema import Config
+from options.schema import ROUTERS, Config
 from parallel import sharding
 from parallel.collectives import broadcast_or_raise, capture
-from routers import gates
 from training.logbook import Logbook
 from training.run import Run
 from vit import VisionTransformer
@@ -169,8 +168,8 @@ def _expert_facts(config: Config) -> ExpertFacts | None:
         top_k=o.top_k,
         activation=o.activation,
         router=o.router,
-        is_normalized=gates.NORMALIZES[o.router] if o.normalize is None else o.normalize,
-        is_noisy=o.router in ("noisy", "noisy_topk") or o.expert_drop > 0,
+        is_normalized=o.is_normalized,
+        is_noisy=ROUTERS[o.router].is_noisy or o.expert_drop > 0,
         drops_rows=o.capacity_factor is not None,
     )
 

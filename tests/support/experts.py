@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import moe
 from parallel import collectives, distributed, sharding
-from routers.balance import Coefficients
 from routers.router import Router
+from tests.support.networks import build_vit, moe_options
 from tests.support.sharded import (
     SMALL,
 )
@@ -17,27 +17,25 @@ from vit import Block, VisionTransformer
 EXPERTS = 4
 
 
-COEFS = Coefficients(switch=0.1, z=0.01)
+COEFS = dict(switch=0.1, z=0.01)
 
 
 def moe_vit(exchange=None, seed=0, grad_checkpointing=False, **options) -> VisionTransformer:
     def ffn(block):
         if block == 0:
             return None
-        router = Router(36, EXPERTS, top_k=2, coefs=COEFS, **options)
+        o = moe_options(EXPERTS, hidden_of=(52, 36), top_k=2, coefs=COEFS, **options)
         return moe.MoE(
             36,
-            52,
-            router=router,
-            activation="gelu",
-            shared=None,
+            o,
+            router=Router(36, o),
             kernel_backend="torch",
             exchange=exchange,
             sum_over_ranks=collectives.sum_over_ranks,
         )
 
     more = {"grad_checkpointing": grad_checkpointing}
-    return VisionTransformer(**SMALL, **more, ffn=ffn, seed=seed)
+    return build_vit(**SMALL, **more, ffn=ffn, seed=seed)
 
 
 def step_loss(model, image_BCHW, label_B, *, share):

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from parallel import distributed, sharding
+from tests.support.networks import build_vit
 from training import optim
 from vit import Block, VisionTransformer
 
@@ -24,7 +25,7 @@ SMALL = {
 
 
 def small_vit(**options) -> VisionTransformer:
-    return VisionTransformer(**SMALL, **options)
+    return build_vit(**SMALL, **options)
 
 
 def batch(step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
