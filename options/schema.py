@@ -76,7 +76,7 @@ class ViTOptions:
     embed_dim: int = option(768, "width D", low=1)
     depth: int = option(12, "blocks", low=1)
     num_heads: int = option(12, "attention heads A", low=1)
-    mlp_ratio: float = option(4.0, "hidden width of the FFN over D", low=0.01)
+    mlp_ratio: float = option(4.0, "hidden width of the FFN, over D", low=0.01)
     qkv_bias: bool = option(True, "bias of the qkv projection")
     qk_norm: bool = option(False, "LayerNorm on queries and keys of each head")
     scale_attn_norm: bool = option(False, "LayerNorm before the attention output projection")
@@ -84,29 +84,31 @@ class ViTOptions:
     proj_bias: bool = option(True, "biases of the attention output, the FFN and the experts")
     init_values: float | None = option(None, "initial LayerScale; null: no LayerScale", low=0)
     class_token: bool = option(True, "prepend a class token")
-    distilled: bool = option(False, "and a distillation token, with a head of its own (DeiT)")
+    distilled: bool = option(False, "add a distillation token with its own head (DeiT)")
     pos_embed: str = option(
         "learn",
-        "position embedding; sincos: fixed sines and cosines of both axes, or init.checkpoint's",
+        "position embedding; sincos: fixed sines and cosines, unless init.checkpoint has others",
         choices=("learn", "sincos", "none"),
     )
     no_embed_class: bool = option(False, "no position embedding for class and register tokens")
     reg_tokens: int = option(0, "register tokens (arXiv:2309.16588)", low=0)
     pre_norm: bool = option(False, "LayerNorm before the blocks, no patch bias (CLIP)")
     final_norm: bool = option(True, "LayerNorm after the blocks")
-    fc_norm: bool | None = option(None, "LayerNorm after pooling; null: exactly when pooling means")
-    dynamic_img_size: bool = option(False, "accept any image size, position embedding resized")
+    fc_norm: bool | None = option(
+        None, "LayerNorm after pooling; null: if it averages or maximises"
+    )
+    dynamic_img_size: bool = option(False, "accept any image size; resize the positions")
     dynamic_img_pad: bool = option(False, "pad images to a multiple of the patch size")
     drop_rate: float = option(0.0, "dropout before the head", low=0, below=1)
     pos_drop_rate: float = option(0.0, "dropout after the position embedding", low=0, below=1)
     patch_drop_rate: float = option(0.0, "share of patches dropped in training", low=0, below=1)
     proj_drop_rate: float = option(
-        0.0, "dropout after projections; in experts after the last", low=0, below=1
+        0.0, "dropout after projections; after the last one in experts", low=0, below=1
     )
     attn_drop_rate: float = option(0.0, "dropout on attention weights", low=0, below=1)
     drop_path_rate: float = option(0.0, "stochastic depth of the last block", low=0, below=1)
     drop_path_uniform: bool = option(
-        False, "of all blocks (DeiT III); false: from 0, linear over the blocks"
+        False, "the same drop_path_rate in every block (DeiT III); false: linear from 0"
     )
     weight_init: str = option(
         "", "initialisation scheme of timm", choices=("", "jax", "jax_nlhb", "moco")
@@ -177,31 +179,31 @@ ROUTERS = {
 class MoEOptions:
     """Mixture-of-experts feed-forwards in place of some blocks' dense ones."""
 
-    num_experts: int = option(0, "experts E of a layer, over all ranks; 0: a dense model", low=0)
+    num_experts: int = option(0, "experts E per layer, over all ranks; 0: a dense model", low=0)
     top_k: int = option(2, "experts per token k", low=1)
-    every_n: int | None = option(2, "each n-th block has experts (the last of each n)", low=1)
+    every_n: int | None = option(2, "every n-th block has experts", low=1)
     last_n: int | None = option(None, "the last n blocks have experts, instead of every_n", low=1)
     blocks: list[int] | None = option(None, "these blocks have experts, instead of every_n", low=0)
-    mlp_ratio: float = option(4.0, "hidden width F of an expert over D", low=0.01)
-    shared_ratio: float = option(0.0, "hidden width of a dense expert beside them, over D", low=0)
+    mlp_ratio: float = option(4.0, "hidden width F of an expert, over D", low=0.01)
+    shared_ratio: float = option(0.0, "hidden width of an expert for all tokens, over D", low=0)
     activation: str = option(
-        "gelu", "in the experts", choices=("gelu", "relu", "silu", "swiglu", "geglu")
+        "gelu", "activation of the experts", choices=("gelu", "relu", "silu", "swiglu", "geglu")
     )
     router: str = option("softmax", "how scores become weights", choices=tuple(ROUTERS))
     normalize: bool | None = option(
-        None, "a token's k weights sum to 1; null: as the router has it"
+        None, "a token's k weights sum to 1; null: the router's own default"
     )
-    noise_std: float = option(0.0, "router noisy: std of the noise on logits, times E", low=0)
+    noise_std: float = option(0.0, "router noisy: std of the noise on the logits, times E", low=0)
     jitter: float = option(
-        0.0, "router input times U(1 - jitter, 1 + jitter) in training", low=0, below=1
+        0.0, "multiply the router input by U(1 - jitter, 1 + jitter) in training", low=0, below=1
     )
     expert_drop: float = option(
         0.0, "probability that an expert is closed to a token, in training", low=0, below=1
     )
     capacity_factor: float | None = option(
-        None, "limit of an expert's rows, over an even share; null: none is dropped", low=0.01
+        None, "most rows of an expert, as a multiple of an even share; null: no limit", low=0.01
     )
-    forced_balance: bool = option(False, "spread tokens evenly whatever the scores; for benchmarks")
+    forced_balance: bool = option(False, "spread tokens evenly whatever they score; for benchmarks")
     importance_coef: float = option(0.0, "weight of CV^2 of the experts' summed weights", low=0)
     load_coef: float = option(0.0, "weight of CV^2 of the experts' expected rows", low=0)
     switch_coef: float = option(0.01, "weight of E sum f P over the batch", low=0)
@@ -241,7 +243,7 @@ class ModelOptions:
     moe: MoEOptions = section(MoEOptions)
     backend: str = option(
         "auto",
-        "auto takes te on CUDA where it imports, and logs it",
+        "auto: te on CUDA if it imports, which is logged",
         choices=("auto", "torch", "te"),
     )
     te_fp8: str | None = option(
@@ -267,7 +269,7 @@ class TrainDataOptions:
     """The training images and their augmentation."""
 
     root: str = option("data/tiny-imagenet-5", "dataset folder, or its train folder")
-    images: int | None = option(None, "how many there must be; null: any", low=1)
+    images: int | None = option(None, "required number of images; null: any", low=1)
     batch_size: int = option(64, "images per rank and microbatch", low=1)
     crop_scale: list[float] = option(
         [0.08, 1.0], "area range of RandomResizedCrop", low=0, high=1, length=2
@@ -276,12 +278,12 @@ class TrainDataOptions:
         [0.75, 4 / 3], "aspect range of RandomResizedCrop", low=0.01, length=2
     )
     scaled_decode: bool = option(
-        False, "decode JPEGs at 1/2, 1/4 or 1/8 where the crop has the pixels to spare"
+        False, "decode JPEGs at 1/2, 1/4 or 1/8 scale if the crop has pixels to spare"
     )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     crop: str = option(
         "rrc",
-        "rrc: RandomResizedCrop; src: all of it resized, then shifted by 4 pixels at most",
+        "rrc: RandomResizedCrop; src: resize the whole image, shift it by up to 4 pixels",
         choices=("rrc", "src"),
     )
     interpolation: str | None = option(
@@ -290,26 +292,26 @@ class TrainDataOptions:
         choices=(None, "random", "bilinear", "bicubic", "nearest", "lanczos"),
     )
     auto_augment: str | None = option(
-        None, "policy of timm, as rand-m9-mstd0.5-inc1; 3aug: that of DeiT III; null: none"
+        None, "timm's policy, such as rand-m9-mstd0.5-inc1; 3aug: DeiT III's; null: none"
     )
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation", low=0)
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option(
         "pixel",
-        "erased with noise per pixel, one random color, or the mean",
+        "fill of erased boxes: noise per pixel, one random color, or the mean",
         choices=("pixel", "rand", "const"),
     )
-    recount: int = option(1, "boxes at most that are erased", low=1)
+    recount: int = option(1, "most boxes erased per image", low=1)
     repeats: int = option(
-        1, "augmentations in a row of each image (DeiT: 3), in epochs as long", low=1
+        1, "augmented copies of each image per epoch (DeiT: 3); epochs stay as long", low=1
     )
     mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
     cutmix: float = option(0.0, "alpha of CutMix; 0: off", low=0)
-    mixup_prob: float = option(1.0, "probability of mixing at all", low=0, high=1)
+    mixup_prob: float = option(1.0, "probability of mixing a batch at all", low=0, high=1)
     mixup_switch_prob: float = option(
-        0.5, "of CutMix rather than mixup where both are on", low=0, high=1
+        0.5, "probability of CutMix rather than mixup if both are on", low=0, high=1
     )
-    mixup_mode: str = option("batch", "drawn once per", choices=("batch", "pair", "elem"))
+    mixup_mode: str = option("batch", "draw once per", choices=("batch", "pair", "elem"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +319,7 @@ class ValDataOptions:
     """The validation images."""
 
     root: str | None = option(None, "dataset folder, or its val folder; null: the training root")
-    images: int | None = option(None, "how many there must be; null: any", low=1)
+    images: int | None = option(None, "required number of images; null: any", low=1)
     batch_size: int = option(64, "images per rank", low=1)
     img_size: Any = option(
         None, "pixels per side; needs model.vit.dynamic_img_size; null: as trained", is_size=True
@@ -334,28 +336,28 @@ class DatasetOptions:
     train: TrainDataOptions = section(TrainDataOptions)
     val: ValDataOptions = section(ValDataOptions)
     path_env: str | None = option(
-        None, "YAML file whose dataset_roots name folders, instead of dataset.train.root"
+        None, "YAML file whose dataset_roots name folders; replaces dataset.train.root"
     )
-    name: str | None = option(None, "which of them")
+    name: str | None = option(None, "which of the dataset_roots")
     index_folder: str | None = option(
-        None, "where the index is kept; null: beside the images, else ~/.cache/moevit"
+        None, "where to keep the index; null: beside the images, else ~/.cache/moevit"
     )
     class_filter: list[str] = option([], "train and validate on these classes only; []: all")
     subset: float = option(1.0, "share of each class's training images", low=1e-6, high=1)
     duplicates: str = option(
         "warn",
-        "what equal files of two images do; ignore: are not looked for",
+        "what to do about images whose files are equal; ignore: do not look",
         choices=("ignore", "warn", "stop"),
     )
     decoder: str = option(
         "auto",
-        "of JPEGs, with equal pixels; auto: nvimgcodec where installed, and logs it",
+        "JPEG decoder, with equal pixels; auto: nvimgcodec if installed, which is logged",
         choices=("auto", "pillow", "nvimgcodec"),
     )
     on_error: str = option(
-        "stop", "what an unreadable image does; skip: another one", choices=("stop", "skip")
+        "stop", "on an unreadable image; skip: take another one", choices=("stop", "skip")
     )
-    max_bad: int = option(128, "most images skipped, over all ranks and each counted once", low=0)
+    max_bad: int = option(128, "most images to skip, each counted once over all ranks", low=0)
     timeout_s: float = option(300.0, "seconds before a stuck loader process stops the run", low=1)
     num_workers: int = option(2, "loader processes per rank; 0 decodes in the main process", low=0)
     interpolation: str = option(
@@ -376,7 +378,7 @@ class DistributedOptions:
     dp_outer: int = option(1, "replicas of the sharded model (HSDP)", low=1)
     dp_shard: int | None = option(None, "ranks to shard over; null: what is left", low=1)
     ep: int | None = option(
-        1, "ranks that share out the experts; null: all, as far as it divides both", low=1
+        1, "ranks that share out the experts; null: the most that divides experts and ranks", low=1
     )
     tp: int = option(1, "tensor parallel ranks; only 1 is supported", low=1, high=1)
     timeout_s: float = option(600.0, "seconds before a stuck collective fails", low=1)
@@ -405,7 +407,7 @@ class OptimizerOptions:
     name: str = option("adamw", "optimizer", choices=("adamw", "sgd", "lamb"))
     lr: float = option(1e-3, "peak learning rate", low=0)
     base_batch: int | None = option(
-        None, "images per update that lr is for, scaled to the run's; null: any number", low=1
+        None, "images per update that lr is for; lr scales with the run's; null: not", low=1
     )
     min_lr: float = option(1e-5, "learning rate at the end", low=0)
     warmup_steps: int = option(0, "updates of linear warm-up", low=0)
@@ -413,13 +415,13 @@ class OptimizerOptions:
         None, "learning rate of the first update; null: lr / warmup_steps", low=0
     )
     warmup_prefix: bool = option(
-        True, "the cosine begins after the warm-up; false: with the run, as in DeiT"
+        True, "start the cosine after the warm-up; false: with the run, as in DeiT"
     )
     schedule_per_epoch: bool = option(
-        False, "set the learning rate after each epoch only, to that epoch's, as DeiT does"
+        False, "change the learning rate once per epoch only, as DeiT does"
     )
     layer_decay: float | None = option(
-        None, "a layer's learning rate over that of the layer above; null: 1", low=1e-6, high=1
+        None, "a layer's learning rate over that of the layer above it; null: 1", low=1e-6, high=1
     )
     weight_decay: float = option(0.05, "not on norms, biases, tokens, position embeddings", low=0)
     betas: list[float] = option(
@@ -436,14 +438,14 @@ class CheckpointOptions:
 
     path: str = option("./ckpts/run", "run folder: checkpoints, log, TensorBoard, config")
     interval: int | None = option(None, "updates between saves; null: val_interval", low=1)
-    keep_last: int = option(2, "newest checkpoints kept; counts complete ones only", low=1)
-    keep_best: int = option(1, "best ones kept besides, by resume_from_metric or -val_loss", low=0)
+    keep_last: int = option(2, "newest complete checkpoints to keep", low=1)
+    keep_best: int = option(1, "best ones to keep too, by resume_from_metric or -val_loss", low=0)
     resume_from_metric: str | None = option(
         None,
         "resume from the checkpoint with the highest (+) or lowest (-) figure; null: the newest",
         choices=(None, "+val_top1", "+val_top5", "-val_loss", "-loss"),
     )
-    async_save: bool = option(False, "write in another process while training goes on")
+    async_save: bool = option(False, "save in another process while training goes on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,7 +453,7 @@ class WandbOptions:
     """Weights & Biases, rank 0 only."""
 
     project: str | None = option(None, "project to log to; null: off")
-    mode: str = option("online", "offline writes to the run folder", choices=("online", "offline"))
+    mode: str = option("online", "offline: write to the run folder", choices=("online", "offline"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,25 +461,25 @@ class TrainingOptions:
     """The loop."""
 
     steps: int = option(100, "optimizer updates", low=1)
-    val_interval: int = option(50, "updates between validations; the last is always one", low=1)
+    val_interval: int = option(50, "updates between validations; the last always validates", low=1)
     log_interval: int = option(10, "updates between log lines", low=1)
     grad_accum_steps: int = option(1, "microbatches per update, communicated once", low=1)
     update_freq: int | None = option(
-        None, "another name of grad_accum_steps; null: not used", low=1
+        None, "another name for grad_accum_steps; null: not used", low=1
     )
     loss: str = option(
         "ce",
-        "cross-entropy, or binary cross-entropy of each class; val_loss is the former with both",
+        "cross-entropy, or binary cross-entropy per class; val_loss is always the former",
         choices=("ce", "bce"),
     )
     bce_threshold: float | None = option(
-        None, "targets above are 1, others 0 (DeiT III: 0); null: as they are", low=0, high=0.999
+        None, "targets above it become 1, others 0 (DeiT III: 0); null: as is", low=0, high=0.999
     )
-    bce_sum: bool = option(False, "sum over classes (timm's option), not their mean")
+    bce_sum: bool = option(False, "sum over classes, as timm can, instead of their mean")
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=1)
     ema_decay: float | None = option(
         None,
-        "per update, of an average of the weights, validated too; null: none",
+        "decay per update of averaged weights, also validated; null: no average",
         low=1e-6,
         high=1 - 1e-9,
     )
@@ -487,7 +489,7 @@ class TrainingOptions:
     wandb: WandbOptions = section(WandbOptions)
     peak_tflops: float | None = option(
         None,
-        "device peak for MFU, a teacher's forward counted; null: by device name, no MFU if unknown",
+        "device peak for MFU; null: by device name, no MFU if unknown",
         low=1e-3,
     )
 
@@ -498,25 +500,25 @@ class InitOptions:
 
     mode: str = option(
         "auto",
-        "where weights come from; auto: checkpoint null: scratch; a dense one for a model with "
-        "experts: deit_upcycling; else deit_warm_start",
+        "where weights come from; auto: scratch without a checkpoint; for experts from dense "
+        "weights deit_upcycling; otherwise deit_warm_start",
         choices=("auto", "scratch", "deit_warm_start", "deit_upcycling"),
     )
     checkpoint: str | None = option(
-        None, "file (torch, safetensors), checkpoint or run folder, or a model name of timm"
+        None, "file (torch, safetensors), checkpoint or run folder, or a name of timm's models"
     )
     experts: str | None = option(
         None,
-        "in place of dense MLPs; null: random in deit_warm_start, copy or split in deit_upcycling",
+        "what replaces dense MLPs; null: random in deit_warm_start, copy or split in upcycling",
         choices=(None, "random", "copy", "split"),
     )
     gate: str = option(
         "random",
-        "of copied or split experts; virtual_group: equal rows for the parts of one MLP",
+        "gate of copied or split experts; virtual_group: equal rows for the parts of one MLP",
         choices=("random", "virtual_group"),
     )
     gate_std: float | None = option(
-        None, "std of the values of that gate; null: 0.02, as from scratch", low=1e-12
+        None, "std of that gate's values; null: 0.02, as from scratch", low=1e-12
     )
 
 
@@ -526,12 +528,14 @@ class DistillationOptions:
 
     kind: str = option(
         "none",
-        "from the teacher: hard, its class; soft, tau^2 KL to it over images x classes, as in DeiT",
+        "hard: the teacher's class; soft: tau^2 KL to it over images x classes, as in DeiT",
         choices=("none", "soft", "hard"),
     )
-    teacher: str | None = option(None, "model name of timm, or a run folder or checkpoint of ours")
+    teacher: str | None = option(
+        None, "name of a timm model, or run folder or checkpoint of moevit"
+    )
     teacher_checkpoint: str | None = option(
-        None, "file with the weights of timm's model; null: those that timm downloads"
+        None, "file with the weights of timm's model; null: timm downloads them"
     )
     alpha: float = option(0.5, "weight of the teacher's part of the loss", low=0, high=1)
     tau: float = option(1.0, "temperature of soft distillation", low=1e-6)
