@@ -1,8 +1,8 @@
 """Every option of a run: its type, default, range and meaning.
 
 The dataclasses, here and in model_options.py, are the only place for defaults; YAML files hold
-differences (compose.py reads them). Below train.py nobody sees a config object: functions take
-values.
+differences (compose.py reads them). The programs, training/, compose.py and checks.py see a whole
+Config; all other files take values, or one section of it.
 """
 
 from __future__ import annotations
