@@ -1,10 +1,10 @@
-# For GPUs: 26.09 has torch 2.14 and TransformerEngine 2.19 (torch 2.11 to 2.15 is what works).
+# For GPUs: 26.09 has torch 2.14 and TransformerEngine 2.19 (torch 2.11 to 2.15 works).
 #
 #   docker build -t moevit .
 #   docker run -it --rm --gpus=all --shm-size=16G moevit
 #
-# The second line trains the default recipe on the bundled images. For ImageNet, and to keep what
-# it makes (ckpts must be writable for user 1001):
+# The second line trains the default recipe on the bundled images. To train on ImageNet and keep the
+# checkpoints (ckpts must be writable for user 1001):
 #
 #   docker run -it --rm --gpus=all --shm-size=16G -v /data/imagenet:/data/imagenet:ro \
 #       -v "$PWD/ckpts":/home/moevit/ckpts moevit torchrun --nproc-per-node=gpu train.py \
@@ -15,8 +15,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN useradd --create-home --uid 1001 moevit
 WORKDIR /home/moevit
 
-# The container's own builds of these stay as they are (kept.txt); everything else is as pinned
-# here, for which the container's constraints on it are lifted (an empty PIP_CONSTRAINT).
+# These packages stay as the container built them (kept.txt). Everything else is installed as pinned
+# here, so the container's own constraints are lifted (an empty PIP_CONSTRAINT).
 COPY requirements.txt /tmp/
 RUN grep -Ev '^(torch|torchvision|numpy)==' /tmp/requirements.txt > /tmp/added.txt \
     && pip list --format=freeze \

@@ -1,6 +1,6 @@
 # make train       train the default model on the bundled images (installs on first use; resumes)
 # make test        lint, types and tests (installs on first use)
-# make bench       all CPU benchmarks, in less than ten minutes, and the tables of docs/performance.md
+# make bench       all CPU benchmarks, in less than ten minutes, and their tables in the docs
 # make bench-gpu   those of one CUDA device; ARGS=--dry: the same code with tiny sizes on a CPU
 # make setup       only install, into .venv
 

@@ -7,8 +7,8 @@ Each part is a program of its own (python -m benchmarks.<part>), one after the o
 disturbs another. A part gets a share of the time and what parts before it left; past that it is
 ended, and what it had written by then is kept. All results go to one file,
 benchmarks/results/<date>-<device>.json, from which benchmarks/tables.py makes the tables of
-docs/performance.md. --dry runs the same programs with tiny sizes, on a CPU in any case, and keeps
-nothing but what --out names. Imports no torch: it only starts others.
+benchmarks/NOTES.md and docs/performance.md. --dry runs the same programs with tiny sizes, always on
+a CPU, and keeps nothing but what --out names. Imports no torch: it only starts others.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Make the tables of docs/performance.md from the newest results of each benchmark.
+"""Make the tables of benchmarks/NOTES.md and docs/performance.md from the newest results.
 
     python -m benchmarks.tables
 
     benchmarks/results/*.json -> parts by date -> rows -> Markdown between
     <!-- table: name --> and <!-- end -->
 
-A table says by itself with which command, when, where and at which commit it was measured, or that
-it was not. Text outside of the marks is written by hand. Of step_gpu and moe_gpu, whose groups may
-be measured in several runs, each group's newest run counts. Imports no torch.
+A table says which command measured it, when, where and at which commit, or that nothing has been
+measured. Text outside the marks is written by hand. Groups of step_gpu and moe_gpu may come from
+several runs: the newest run of each group counts. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENTS = (ROOT / "benchmarks" / "NOTES.md", ROOT / "docs" / "performance.md")
 MARKS = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 NOT_MEASURED = "not measured yet"
 # Packages whose versions decide the figures.
@@ -342,7 +342,110 @@ FED: list[Column] = [
     ("over synthetic", "ratio"),
     ("of the floor", "of_floor"),
 ]
+# The headlines: what is measured, against which rival, the benchmark, how to find the row, and the
+# figure in it.
+HEADLINES: tuple[tuple[str, str, str, Row, str], ...] = (
+    (
+        "step, batch 32, time",
+        "plain timm loop",
+        "train_step",
+        {"loop": "moevit", "batch": 32},
+        "ratio",
+    ),
+    (
+        "step, batch 2, time",
+        "plain timm loop",
+        "train_step",
+        {"loop": "moevit", "batch": 2},
+        "ratio",
+    ),
+    (
+        "two sharded ranks, images/s",
+        "two separate processes",
+        "scaling",
+        {"loop": "2 ranks", "config": "vit_tiny_patch8_64"},
+        "of_ideal",
+    ),
+    (
+        "the same with experts, images/s",
+        "two separate processes",
+        "scaling",
+        {"loop": "2 ranks", "config": "vit_moe_tiny_patch8_64"},
+        "of_ideal",
+    ),
+    (
+        "MoE layer, 1040 tokens, time",
+        "dense layer of equal FLOPs",
+        "moe",
+        {"loop": "moevit", "tokens": 1040},
+        "ratio",
+    ),
+    ("AdamW update, time", "torch's fused AdamW", "optimizer", {"loop": "moevit"}, "ratio"),
+    (
+        "background save, stall",
+        "our blocking save",
+        "checkpoint_save",
+        {"loop": "moevit, background"},
+        "ratio",
+    ),
+    (
+        "launch to first step, time",
+        "a minimal timm script",
+        "launch",
+        {"loop": "train.py"},
+        "ratio",
+    ),
+    (
+        "loader, images/s",
+        "torchvision's ImageFolder and DataLoader",
+        "loader",
+        {"loader": "moevit, nvimgcodec"},
+        "over_torchvision",
+    ),
+    (
+        "loader, DeiT recipe, images/s",
+        "ImageFolder with timm's transform",
+        "loader_recipes",
+        {"loader": "moevit, deit_base"},
+        "over_timm",
+    ),
+    (
+        "loader, DeiT III recipe, images/s",
+        "ImageFolder with timm's transform",
+        "loader_recipes",
+        {"loader": "moevit, deit3_base"},
+        "over_timm",
+    ),
+)
+# Programs whose name is not that of their benchmark.
+PROGRAMS = {"moe": "moe_cpu --clock cpu"}
+
+
+def headlines(parts: list[Part]) -> str:
+    """Return the summary: one ratio per line, each from its benchmark's newest result on a CPU."""
+    columns: list[Column] = [
+        ("what", "what"),
+        ("against", "rival"),
+        ("ratio", "figure"),
+        ("measured", "when"),
+        ("`python -m`", "program"),
+    ]
+    rows: list[Row] = []
+    for what, rival, benchmark, wanted, key in HEADLINES:
+        found = select(parts, benchmark, on_gpu=False)
+        if not found:
+            return unmeasured(columns)
+        row = next(row for row in found[-1]["rows"] if wanted.items() <= row.items())
+        when = f"{str(found[-1]['date'])[:10]}, {found[-1]['commit']}"
+        program = f"`benchmarks.{PROGRAMS.get(benchmark, benchmark)}`"
+        rows.append(
+            {"what": what, "rival": rival, "figure": row[key], "when": when, "program": program}
+        )
+    return table(rows, columns)
+
+
 TABLES: dict[str, Callable[[list[Part]], str]] = {
+    "headlines": headlines,
     "train_step": simple("train_step", STEP, note=conditions("train_step")),
     "scaling": simple("scaling", SCALING, note=conditions("scaling")),
     "loader": simple("loader", LOADER, note=conditions("loader")),
@@ -383,14 +486,15 @@ def render(text: str, parts: list[Part]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the tables into the document."""
+    """Write the tables into the documents."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--documents", type=Path, nargs="+", default=DOCUMENTS)
     options = parser.parse_args(argv)
-    text = options.document.read_text("utf-8")
-    options.document.write_text(render(text, read_parts(options.results)), "utf-8")
-    print(f"tables of {options.document}")
+    parts = read_parts(options.results)
+    for document in options.documents:
+        document.write_text(render(document.read_text("utf-8"), parts), "utf-8")
+        print(f"tables of {document}")
 
 
 if __name__ == "__main__":

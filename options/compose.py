@@ -89,7 +89,9 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
         )
     for override in overrides:
         if override.startswith(("~", "hydra")):
-            raise ValueError(f"config {override}: must be name=value of an option of schema.py")
+            raise ValueError(
+                f"config {override}: must be name=value of an option of options/schema.py"
+            )
     path = config_dir / f"{config_name}.yaml"
     ConfigStore.instance().store(name="schema", node=_thaw(OmegaConf.structured(Config)))
     try:
@@ -115,7 +117,7 @@ def _parse(override: str) -> DictConfig:
     """
     name, equals, _ = override.partition("=")
     if not equals or not _NAME.fullmatch(name):
-        raise ValueError(f"config {override}: must be name=value of an option of schema.py")
+        raise ValueError(f"config {override}: must be name=value of an option of options/schema.py")
     try:
         given = OmegaConf.from_dotlist([override])
     except YAMLError as error:

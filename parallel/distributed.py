@@ -1,6 +1,7 @@
 """Process group, device mesh, random seeds and decisions that all ranks take together.
 
-Nothing here knows of models. This file and train.py are the only ones that read the environment.
+Nothing here knows of models. Only this file and launch.py read the environment; images/decoding.py
+sets variables while it loads a library.
 
     torchrun's variables -> World (rank, size, device) -> Meshes (dense, expert) -> sharding.py
 """

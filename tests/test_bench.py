@@ -47,13 +47,15 @@ def in_child(fn, *args):
     assert process.exitcode == 0
 
 
-def test_the_tables_of_the_document_are_those_of_the_results():
-    text = tables.DOCUMENT.read_text()
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_the_tables_of_a_document_are_those_of_the_results(path):
+    text = path.read_text()
     assert tables.render(text, COMMITTED) == text, "type: python -m benchmarks.tables"
 
 
-def test_the_document_has_every_table_once():
-    names = [found["name"] for found in tables.MARKS.finditer(tables.DOCUMENT.read_text())]
+def test_the_documents_have_every_table_once():
+    texts = [path.read_text() for path in tables.DOCUMENTS]
+    names = [found["name"] for text in texts for found in tables.MARKS.finditer(text)]
     assert sorted(names) == sorted(tables.TABLES)
 
 
@@ -159,8 +161,9 @@ def test_every_part_is_a_program_that_knows_its_arguments():
         assert not [name for name in names if f'"{name}"' not in text]
 
 
-def test_the_commands_of_the_document_name_what_there_is():
-    blocks = re.findall(r"```\n(.*?)```", tables.DOCUMENT.read_text(), flags=re.DOTALL)
+def test_the_commands_of_the_documents_name_what_there_is():
+    text = "".join(path.read_text() for path in tables.DOCUMENTS)
+    blocks = re.findall(r"```\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
     words = [shlex.split(line) for line in lines]
     programs = {"benchmarks.run": run.parse, "benchmarks.step_gpu": step_gpu.parse}

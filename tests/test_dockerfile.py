@@ -130,7 +130,12 @@ def test_what_is_made_here_stays_out_of_the_image(path):
     assert is_ignored(path)
 
 
-@pytest.mark.parametrize("path", ["train.py", "config", "data/tiny-imagenet-5.tar.gz", "tests"])
+FOLDERS = [path.parent.name for path in ROOT.glob("*/__init__.py")]
+
+
+@pytest.mark.parametrize(
+    "path", ["train.py", "config", "data/tiny-imagenet-5.tar.gz", "tests", *FOLDERS]
+)
 def test_what_the_image_needs_is_copied(path):
     assert (ROOT / path).exists()
     assert not is_ignored(path)

@@ -10,9 +10,10 @@ from options import compose
 PATH = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 INTRO = """# Options
 
-Every option of a run, generated from `options/schema.py`: set one on the command line as `name=value`, or
-in a file under `config/`, which holds only what differs from these defaults. An unknown name, a
-wrong type or a value out of range stops the run before its first step with one line that says so.
+Every option of a run, generated from `options/schema.py`. Set one on the command line as
+`name=value`, or in a file under `config/`, which holds only what differs from these defaults. An
+unknown name, a wrong type or a value out of range stops the run before its first step with one line
+that says so.
 """
 
 

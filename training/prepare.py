@@ -2,7 +2,7 @@
 
     Config -> ViT on meta -> Megatron-FSDP shards -> optimizer over them -> Run
 
-The last place that sees options; what it calls takes values.
+Everything in training/ may read a whole Config; what lies below takes values or one section of it.
 """
 
 from __future__ import annotations
