@@ -29,10 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from PIL import Image
 from tqdm import tqdm
 
-from images.decoding import PNG_MAGIC, UnreadableError, rgb
-from images.image_reader import ImageReader, describe
+from images.cache import index_images
 from images.index import ImageIndex, Split
-from images.layouts import index_images
+from images.reading import PNG_MAGIC, ImageReader, UnreadableError, describe, rgb
 
 QUALITY = 90
 SHARD_IMAGES = 2_000

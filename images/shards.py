@@ -20,8 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from images.archives import is_harmless
 from images.index import ImageIndex, Names, Split, ordered_classes, wrong_root
+from images.roots import is_harmless
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 CLASSES = "classes.txt"

@@ -14,16 +14,27 @@ from timm.data import create_transform
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from imagenet_dataset import TrainImages, train_loader, val_loader
-from images.augment import SPARE, Normaliser, ReusedMemory, train_transform, val_transform
+from imagenet_dataset import (
+    Order,
+    TrainImages,
+    epoch_permutation,
+    step_positions,
+)
+from images.augment import (
+    SPARE,
+    Normaliser,
+    RandomResizedCrop,
+    ReusedMemory,
+    resize,
+    train_transform,
+    val_transform,
+)
 from images.batches import NOT_COUNTED, BatchMemory, Collate
-from images.cropping import RandomResizedCrop, resize
-from images.decoding import read_header, rgb
+from images.cache import index_images
 from images.feed import Feed, Tolerance
-from images.image_order import Order, epoch_permutation, step_positions
-from images.image_reader import ImageReader, decode_rgb
-from images.layouts import index_images
 from images.mixing import Eraser
+from images.reading import ImageReader, decode_rgb, read_header, rgb
+from tests.support import pictures
 from tests.support.pictures import folder_dataset, write_image
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -38,7 +49,12 @@ OPTIONS = {
 }
 AUGMENT = train_transform(**OPTIONS)
 PLAIN = val_transform(
-    img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=MEAN, std=STD, is_raw=True
+    img_size=(8, 8),
+    crop_ratio=1.0,
+    interpolation="bicubic",
+    mean=MEAN,
+    std=STD,
+    skip_normalise=True,
 )
 
 
@@ -48,25 +64,12 @@ def root(tmp_path):
 
 
 def train_batches(index, **changes):
-    values = {
-        "transform": AUGMENT,
-        "batch_size": 3,
-        "grad_accum_steps": 2,
-        "start_step": 0,
-        "num_steps": 4,
-        "rank": 0,
-        "world": 1,
-        "seed": 5,
-        "num_workers": 0,
-        "pin_memory": False,
-    }
-    return train_loader(ImageReader(index), **{**values, **changes})
+    values = {"transform": AUGMENT, "batch_size": 3, "grad_accum_steps": 2, "num_steps": 4}
+    return pictures.train_batches(index, **values | changes)
 
 
 def val_batches(index, **changes):
-    values = {"transform": PLAIN, "batch_size": 2, "rank": 0, "world": 1}
-    values |= {"num_workers": 0, "pin_memory": False}
-    return val_loader(ImageReader(index), **{**values, **changes})
+    return pictures.val_batches(index, **{"transform": PLAIN, "batch_size": 2} | changes)
 
 
 def feed(loader, **changes):
@@ -163,7 +166,7 @@ def test_workers_world_and_resuming_change_no_bit(root, world, num_workers):
                 rank=rank,
                 start_step=start_step,
                 num_workers=num_workers if rank == 0 else 0,
-                is_reused=True,
+                reuses_memory=True,
             )
             parts.append(list(erased(loader)))
         for number, batch in enumerate(single[2 * start_step :]):
@@ -197,7 +200,7 @@ def test_reused_memory_is_not_written_before_it_is_copied(root):
     changes = {"num_steps": 20, "num_workers": 2}
     fresh = list(feed(train_batches(index, **changes)))
     slow = []
-    for batch in feed(train_batches(index, **changes, is_reused=True)):
+    for batch in feed(train_batches(index, **changes, reuses_memory=True)):
         time.sleep(0.01)  # the workers fill all that they may
         slow.append(batch)
     assert_same(fresh, slow)
@@ -205,7 +208,7 @@ def test_reused_memory_is_not_written_before_it_is_copied(root):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_lie_in_the_memory_made_for_them(root, num_workers):
-    changes = {"num_steps": 20, "num_workers": num_workers, "is_reused": True}
+    changes = {"num_steps": 20, "num_workers": num_workers, "reuses_memory": True}
     loader = train_batches(index_images(root, "train"), **changes)
     memory = loader.collate_fn.memory
     found = {batch.image_BCHW.data_ptr() for batch in loader}
@@ -220,7 +223,7 @@ def test_images_larger_than_the_memory_made_for_them_take_other(root):
     larger = train_transform(**OPTIONS | {"img_size": (9, 9)})
     wanted = list(train_batches(index, transform=larger))
     for num_workers in (0, 1):
-        loader = train_batches(index, transform=larger, num_workers=num_workers, is_reused=True)
+        loader = train_batches(index, transform=larger, num_workers=num_workers, reuses_memory=True)
         memory = BatchMemory(10, workers=num_workers)
         object.__setattr__(loader, "collate_fn", Collate(memory))
         assert_same(wanted, loader)
@@ -232,11 +235,11 @@ def test_too_little_shared_memory_is_an_error_with_its_option(root, monkeypatch)
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", fail)
     index = index_images(root, "train")
-    train_batches(index, num_workers=0, is_reused=True)
+    train_batches(index, num_workers=0, reuses_memory=True)
     with pytest.raises(
         OSError, match=r"dataset.num_workers=3: 0.00 GiB .* \(docker run --shm-size"
     ):
-        train_batches(index, num_workers=3, is_reused=True)
+        train_batches(index, num_workers=3, reuses_memory=True)
 
 
 def test_train_loader_counts_microbatches_and_types(root):
@@ -455,7 +458,7 @@ def test_raw_crops_and_flips_are_torchvisions(tmp_path):
             torch.manual_seed(seed)
             found_CHW = ours(source)
             before = torch.get_rng_state()
-            assert torch.equal(ours.drawn(source, seed=seed)(), found_CHW)
+            assert torch.equal(ours.draw_from(seed, source)(), found_CHW)
             assert torch.equal(torch.get_rng_state(), before)
             assert np.abs(found_CHW.permute(1, 2, 0).numpy() - wanted_HWC).max() <= 1
 

@@ -13,10 +13,10 @@ import pytest
 
 import evaluate
 from images import cache as index_cache
-from images import duplicates, shared_index
+from images import duplicates
+from images.cache import index_images
 from images.duplicates import UNKNOWN, UNREADABLE, find_twins, fingerprints
 from images.index import check_every_class, check_separate, select
-from images.layouts import index_images
 from tests.support.datasets import (
     LAYOUTS,
     VAL_NAME,
@@ -194,13 +194,13 @@ def test_an_interruption_loses_fingerprints_and_not_the_index(root, monkeypatch)
 def test_finding_images_takes_its_time_from_that_for_fingerprints(root, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(duplicates.time, "monotonic", lambda: now[0])
-    real = index_cache.layouts.index_images
+    real = index_cache.index_images
 
     def slow(*where):
         now[0] += 61
         return real(*where)
 
-    monkeypatch.setattr(index_cache.layouts, "index_images", slow)
+    monkeypatch.setattr(index_cache, "index_images", slow)
     first = index_cache.load(index_cache.refresh(root, "train", prints_s=60))
     assert duplicates.num_unknown(first) == 11
     second = index_cache.load(index_cache.refresh(root, "train", prints_s=60))
@@ -237,9 +237,9 @@ def test_an_index_is_used_without_fingerprints_where_none_can_be_kept(root, monk
     monkeypatch.setattr(duplicates, "fingerprints", None)  # the time would be lost
     kept = index_cache.refresh(root, "train", prints_s=60)
     assert kept == plain._replace(is_new=False)
-    lines = shared_index._copies(index_cache.load(kept), val)
+    lines = duplicates._report(index_cache.load(kept), val)
     assert lines[0].startswith("1 of 7 val images are copies of others"), "of the split that has"
-    assert lines[1].startswith("11 images are not yet compared")
+    assert lines[1].startswith("11 images have not been compared yet")
 
 
 def test_jobs_with_different_fingerprints_use_each_others_index(root):
@@ -305,8 +305,10 @@ def test_images_not_yet_compared_stop_a_run_that_asks_for_it(ranks, root):
     )
 
     def check(world):
-        with pytest.raises(ValueError, match=r"=stop: 18 images are not yet compared: the next st"):
-            shared_index.check_splits(train, val, world, copies="stop")
+        with pytest.raises(
+            ValueError, match=r"=stop: 18 images have not been compared yet: the nex"
+        ):
+            duplicates.check_copies(train, val, world, duplicates="stop")
         return True
 
     assert ranks(1, check) == [True]
@@ -406,7 +408,7 @@ def test_xml_of_another_image_is_refused(root, tmp_path):
         file = folder / f"{VAL_NAME.format(number)}.xml"
         named = VAL_NAME.format(number % 7 + 1)
         file.write_text(file.read_text().replace("<filename>x<", f"<filename>{named}<"))
-    with pytest.raises(ValueError, match=r"0001: .*0001\.xml is that of ILSVRC2012_val_00000002"):
+    with pytest.raises(ValueError, match=r"0001: .*0001\.xml belongs to ILSVRC2012_val_00000002"):
         index_images(data, "val")
 
 
@@ -414,7 +416,9 @@ def test_numbered_images_that_are_not_at_their_lines_are_refused(root, tmp_path)
     data = as_cls_loc(root, tmp_path / "out", labels=in_ground_truth)
     folder = data / "ILSVRC" / "Data" / "CLS-LOC" / "val"
     (folder / f"{VAL_NAME.format(3)}.JPEG").rename(folder / f"{VAL_NAME.format(9)}.JPEG")
-    with pytest.raises(ValueError, match=r"val_00000004 is number 3 of those there, so .* not the"):
+    with pytest.raises(
+        ValueError, match=r"val_00000004 is number 3 in the folder, so .* not belong"
+    ):
         index_images(data, "val")
 
 
