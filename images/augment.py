@@ -211,6 +211,10 @@ class CropAndFlip:
         self.hflip = hflip
         self._generator = torch.Generator()
 
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """Pickle without the generator: a spawned worker would find its state's memory gone."""
+        return partial(CropAndFlip, hflip=self.hflip), (self.crop,)
+
     def __call__(self, source: Source) -> Tensor:
         """Return uint8 image_CHW; draws from torch's generator."""
         return self.draw(source, torch.default_generator)()

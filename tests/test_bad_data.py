@@ -315,10 +315,10 @@ def test_a_decompression_bomb_takes_less_than_200_mb(tmp_path, side):
 def feed_of(root, split, *, on_error="stop", max_bad=2, gather=None, **changes):
     index = index_images(root, split)
     if split == "train":
-        values = {"batch_size": 4, "num_steps": 6} | changes
-        loader = train_batches(index, transform=PLAIN, **values)
+        values = {"transform": PLAIN, "batch_size": 4, "num_steps": 6}
+        loader = train_batches(index, **values | changes)
     else:
-        loader = val_batches(index, transform=PLAIN, **{"batch_size": 2} | changes)
+        loader = val_batches(index, **{"transform": PLAIN, "batch_size": 2} | changes)
     return Feed(
         loader,
         split=split,
@@ -326,6 +326,14 @@ def feed_of(root, split, *, on_error="stop", max_bad=2, gather=None, **changes):
         normaliser=Normaliser(ZERO, ONE),
         tolerance=Tolerance(max_bad if on_error == "skip" else None, gather=gather),
     )
+
+
+def drain(batches):
+    """All batches; workers end here, since garbage collection waits for them for five seconds."""
+    try:
+        return list(batches)
+    finally:
+        batches.loader._iterator and batches.loader._iterator._shutdown_workers()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -339,7 +347,7 @@ def test_a_bad_image_stops_the_run_with_its_split_class_number_and_file(
     wnid, name = index.paths[5].split("/")
     says = rf"^data {split}/{wnid} index 5: {name} .*({reason}).* \({len(content):,} bytes\)$"
     with pytest.raises(ValueError, match=says) as caught:
-        list(feed_of(root, split, num_workers=num_workers))
+        drain(feed_of(root, split, num_workers=num_workers))
     assert "\n" not in str(caught.value)
 
 
@@ -535,7 +543,7 @@ def test_a_worker_that_dies_while_no_batch_is_waited_for_is_one_line(root):
 
 def test_an_error_in_a_worker_reaches_the_main_process(root):
     with pytest.raises(MemoryError, match="no memory for an image"):
-        list(feed_of(root, "val", transform=raise_an_error, num_workers=1))
+        drain(feed_of(root, "val", transform=raise_an_error, num_workers=1))
 
 
 def fail_reads(monkeypatch, number, times):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -280,3 +281,18 @@ def test_a_folder_that_was_not_unpacked_is_used_as_it_is(tmp_path):
     archive_of(tmp_path / "set.tar.gz", GOOD)
     (tmp_path / "set").mkdir()
     assert not unpack_archive(tmp_path / "set")
+
+
+def test_another_archive_by_a_published_name_is_refused(tmp_path):
+    archive_of(tmp_path / "tiny-imagenet-5.tar.gz", [("tiny-imagenet-5/a", b"x", {})])
+    says = r"-5\.tar\.gz: is not the published one, fetch it again \(its SHA-256 is \w{64}\)$"
+    with pytest.raises(ValueError, match=says):
+        unpack_archive(tmp_path / "tiny-imagenet-5")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny-imagenet-5.tar.gz"]
+
+
+def test_unpacked_files_take_over_neither_owner_nor_mode(tmp_path):
+    archive_of(tmp_path / "set.tar.gz", [*GOOD, ("set/d", b"x", {"mode": 0o777, "uid": 12345})])
+    assert unpack_archive(tmp_path / "set")
+    stat = (tmp_path / "set" / "d").stat()
+    assert stat.st_uid == os.getuid() and not stat.st_mode & 0o022

@@ -318,26 +318,32 @@ def test_workers_use_one_thread_and_leave_the_process_group(root):
 
 SPAWNED = """
 import multiprocessing, sys
-import test_imagenet_dataset as t
+from itertools import chain
+class Both:
+    def __init__(self, parts):
+        self.parts, self.transform = parts, parts[0].transform
+    def __getitems__(self, positions):
+        made = [part.__getitems__(positions) for part in self.parts]
+        return sum(count for count, _ in made), chain(*(samples for _, samples in made))
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
+    import test_imagenet_dataset as t
+    from imagenet_dataset import LoaderOptions, train_loader
     raw = t.train_transform(**t.OPTIONS | {"color_jitter": 0})
-    index = t.index_images(t.Path(sys.argv[1]), "train")
-    for transform in (raw, t.AUGMENT):
-        images = [
-            t.torch.cat([
-                batch.image_BCHW for batch in
-                t.train_batches(index, transform=transform, num_workers=count, num_steps=12)
-            ])
-            for count in (0, 2)
-        ]
-        assert t.torch.equal(*images)
+    reader = t.ImageReader(t.index_images(t.Path(sys.argv[1]), "train"))
+    both = Both([t.TrainImages(reader, transform=how, seed=5) for how in (raw, t.AUGMENT)])
+    options = [LoaderOptions(batch_size=3, num_workers=count) for count in (0, 2)]
+    loaders = [train_loader(both, range(24), options=one) for one in options]
+    t.assert_same(*loaders)
 """
 
 
 @pytest.mark.slow
 def test_spawned_workers_change_no_bit(root, tmp_path):
-    """Plain pickling is no test of it: a process's pickler shares tensors, drawn into or not."""
+    """Plain pickling does not test it: a process's pickler shares tensors, drawn into or not.
+
+    One pair of workers makes batches with two transforms, since starting them is what takes time.
+    """
     (tmp_path / "spawned.py").write_text(SPAWNED)
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}

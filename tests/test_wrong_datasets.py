@@ -6,6 +6,8 @@ import itertools
 import math
 import os
 import shutil
+import struct
+import sys
 import tarfile
 from array import array
 
@@ -24,9 +26,11 @@ from tests.support.datasets import (
     add,
     as_cls_loc,
     devkit_numbers,
+    element,
     in_ground_truth,
     in_solution,
     in_xml,
+    matrix,
 )
 from tests.support.pictures import folder_dataset, write_image
 from training import loaders
@@ -392,6 +396,50 @@ def test_files_that_agree_are_fine_and_each_is_watched(root, tmp_path, pair):
     for file in {path.suffix: path for path in files}.values():
         os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
         assert index_cache.refresh(data, "val").is_new, file
+
+
+def nested(depth):
+    """A meta.mat of cells inside cells, whose declared sizes go beyond the file."""
+    one = struct.pack("<II", 14, 1 << 30) + matrix(1, (1, 1))[8:]
+    whole = struct.pack("<II", 14, 1 << 30) + matrix(1, (1, 1), name=b"synsets")[8:] + one * depth
+    return META_HEADER + whole
+
+
+META_HEADER = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+METAS = {
+    "empty": b"",
+    "text": b"<html>not found</html>" * 40,
+    "header alone": META_HEADER,
+    "no synsets": META_HEADER + matrix(6, (1, 1), element(9, bytes(8)), name=b"other"),
+    "a number": META_HEADER + matrix(6, (1, 1), element(9, bytes(8)), name=b"synsets"),
+    "huge": META_HEADER + matrix(2, (1 << 30, 1 << 30), element(5, bytes(4)), name=b"synsets"),
+    "newer": b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(64),
+    "too deep": nested(50_000),
+    "too large": META_HEADER + bytes(4 << 20),
+}
+
+
+@pytest.mark.parametrize("kind", [*METAS, "cut", "flipped"])
+def test_a_damaged_or_hostile_meta_mat_is_one_line(root, tmp_path, kind):
+    data = as_cls_loc(root, tmp_path / "out", labels=devkit_numbers)
+    file = data / "ILSVRC" / "meta.mat"
+    good = file.read_bytes()
+    flipped = good[:160] + bytes([good[160] ^ 255]) + good[161:]
+    file.write_bytes({**METAS, "cut": good[:200], "flipped": flipped}[kind])
+    with pytest.raises(
+        ValueError, match=r"meta\.mat: is not the meta\.mat of ILSVRC's dev"
+    ) as caught:
+        index_images(data, "val")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_meta_mat_without_scipy_says_what_to_install(root, tmp_path, monkeypatch):
+    data = as_cls_loc(root, tmp_path / "out", labels=devkit_numbers)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(
+        ValueError, match=r"meta\.mat: reading .* needs scipy \(pip install scipy\)$"
+    ):
+        index_images(data, "val")
 
 
 def test_a_second_list_of_other_images_says_nothing(root, tmp_path):
