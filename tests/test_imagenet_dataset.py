@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -520,3 +521,10 @@ def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.png")
     pixels = np.array(decode_rgb(tmp_path / "a.png"))
     assert pixels[0, :, 0].tolist() == pixels[0, :, 2].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_a_pickled_crop_shares_no_memory_with_this_process():
+    """What a spawned worker gets: with shared memory, two processes would draw into one place."""
+    crop = train_transform(**OPTIONS | {"color_jitter": 0}).crop
+    ForkingPickler.dumps(crop)
+    assert not crop._real.is_shared() and not crop._whole.is_shared()
