@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from images import feed, image_reader
+from images import feed, reading
 from options import compose
 from options.schema import Config, walk
 from parallel import distributed, launch
@@ -183,7 +183,7 @@ def predict(
     parameter = next(model.parameters())
     found = {}
     for path in paths:
-        image_CHW = transform(image_reader.read_image(path, where="--images"))
+        image_CHW = transform(reading.read_image(path, where="--images"))
         logits_1Y = model(image_CHW[None].to(parameter.device, parameter.dtype))
         best = logits_1Y.float().softmax(1)[0].topk(min(GUESSES, len(names)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

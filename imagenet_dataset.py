@@ -1,6 +1,7 @@
 """Turn indexed images into batches, in an order that one integer resumes.
 
-    step -> positions -> (epoch, image, repeat) -> ImageReader -> transform -> Sample -> Batch
+    microbatch -> step_positions -> position -> Order.place -> (epoch, place, repeat)
+    epoch_permutation(epoch)[place] -> image -> ImageReader -> transform -> Sample -> Batch
 
 Order and augmentation are pure functions of (seed, epoch, image), not of RNG state, worker or rank.
 Not here: transforms, collectives (rank and world arrive as values), mixup, the device.
@@ -8,7 +9,9 @@ Not here: transforms, collectives (rank and world arrive as values), mixup, the 
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -16,30 +19,110 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from images.augment import CropAndFlip, Transform, drawing_from
-from images.batches import (
-    NOT_COUNTED,
-    PREFETCHED,
-    BadImage,
-    Batch,
-    BatchMemory,
-    Collate,
-    Parcel,
-    Sample,
-)
-from images.decoding import Encoded, UnreadableError
-from images.image_order import MicrobatchSampler, Order, epoch_permutation
-from images.image_reader import ImageReader, describe
+from images.batches import NOT_COUNTED, PREFETCHED, BadImage, BatchMemory, Collate, Sample
+from images.reading import Encoded, ImageReader, UnreadableError, describe
 from parallel.seeds import stable_seed
 
-READ_AHEAD = 64  # images of a batch: while the code to read and draw is in the CPU's cache
-REPLACEMENTS = 8  # tried for an image that cannot be read
+READ_AHEAD = 64  # images read and drawn in a row, while that code is in the CPU's cache
+REPLACEMENTS = 8  # images tried in place of one that cannot be read
+REPEATED_UNIT = 256  # repeated augmentation cuts an epoch to a multiple of this many images
+
+
+def epoch_permutation(num_images: int, *, seed: int, epoch: int) -> Tensor:
+    """Order of the images in one epoch, as int64 image numbers."""
+    generator = torch.Generator().manual_seed(stable_seed(seed, "order", epoch))
+    return torch.randperm(num_images, generator=generator)
+
+
+def step_positions(
+    step: int, *, microbatch: int, rank: int, world: int, batch: int, accum: int
+) -> range:
+    """Stream positions of one microbatch of one rank; a step covers the same ones at any world."""
+    first = ((step * accum + microbatch) * world + rank) * batch
+    return range(first, first + batch)
+
+
+class Place(NamedTuple):
+    """What a position of the stream stands for: an epoch, a place in its order, a repeat."""
+
+    epoch: int
+    place: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """How positions of the endless stream follow the epochs' permutations of the images.
+
+    With one repeat the stream is one permutation after the other. Repeated augmentation takes each
+    image `repeats` times in a row, in an epoch of n // 256 * 256 positions for n images, less what
+    does not fill an update. With three repeats an epoch is thus about as long as without, and shows
+    a third of the images.
+
+    DeiT deals that list out to its ranks in turn, so the repeats of an image are on different
+    ranks, mixed with different partners. Here it is dealt out in turn to the microbatches of an
+    update (`step_images` positions, `batch` in a microbatch of one rank). With one microbatch per
+    rank that is the same. It does not depend on the number of ranks: an update always has the same
+    images, and so does a microbatch as long as a rank's batch size does not change.
+
+    Source: arXiv:1902.05509, section 3.2; DeiT (arXiv:2012.12877), section 6, and its RASampler.
+    """
+
+    num_images: int
+    repeats: int = 1
+    batch: int = 1
+    step_images: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse repeats of fewer images than an update has."""
+        if self.epoch_images == 0:
+            raise ValueError(
+                f"config dataset.train.repeats={self.repeats}: an update of {self.step_images} "
+                f"images needs as many, in multiples of {REPEATED_UNIT}, and there are "
+                f"{self.num_images} (1: no repeats)"
+            )
+
+    @property
+    def epoch_images(self) -> int:
+        """Positions of an epoch."""
+        if self.repeats == 1:
+            return self.num_images
+        whole_units = self.num_images // REPEATED_UNIT * REPEATED_UNIT
+        return whole_units // self.step_images * self.step_images
+
+    def place(self, position: int) -> Place:
+        """Return what `position` stands for."""
+        epoch, within = divmod(position, self.epoch_images)
+        if self.repeats == 1:
+            return Place(epoch, within, 0)
+        step, slot = divmod(within, self.step_images)
+        group, turn = divmod(slot, self.batch)
+        dealt = step * self.step_images + turn * (self.step_images // self.batch) + group
+        return Place(epoch, *divmod(dealt, self.repeats))
+
+
+class MicrobatchSampler(Sampler[list[int]]):
+    """Positions of one rank's microbatches, numbered through the whole run, made on demand."""
+
+    def __init__(self, numbers: range, *, rank: int, world: int, batch: int) -> None:
+        self.numbers = numbers
+        # Numbered through, microbatches are steps without accumulation.
+        self.positions_of = partial(
+            step_positions, microbatch=0, rank=rank, world=world, batch=batch, accum=1
+        )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self.positions_of(number)) for number in self.numbers)
 
 
 class Images(Dataset[Sample]):
-    """Samples by their positions, made when they are laid into a batch."""
+    """Samples by their positions; Collate makes them one by one, as it copies them into a batch."""
 
     def __getitems__(self, positions: list[int]) -> tuple[int, Iterator[Sample]]:
-        """Return how many are asked for, and what makes them."""
+        """Return how many samples are requested, and what makes them."""
         return len(positions), self._samples(positions)
 
     def _samples(self, positions: list[int]) -> Iterator[Sample]:
@@ -49,25 +132,25 @@ class Images(Dataset[Sample]):
 class TrainImages(Images):
     """The endless training stream: a position is an image of an epoch's order, augmented.
 
-    An image that cannot be read is replaced by one that follows from its position alone, and
-    reported; whether that is allowed is decided in feed.py.
+    An image that cannot be read is replaced by one that depends on its position alone, and is
+    reported; feed.py decides whether that is allowed.
     """
 
     def __init__(
-        self, reader: ImageReader, *, transform: Transform, order: Order, seed: int
+        self, reader: ImageReader, *, transform: Transform, order: Order | None = None, seed: int
     ) -> None:
         self.reader = reader
         self.transform = transform
-        self.order = order
+        self.order = order or Order(len(reader.index.paths))
         self.seed = seed
         self._permutations: dict[int, Tensor] = {}
 
     def __getitem__(self, position: int) -> Sample:
-        """Decode and augment one image; the caller's RNG state is left as it was."""
+        """Decode and augment one image; the caller's RNG state does not change."""
         index, bad = self.reader.index, []
         for image in self._candidates(position):
             try:
-                image_CHW = self._begun(image, position)()
+                image_CHW = self._draw(image, position)()
             except UnreadableError as error:
                 bad.append(BadImage(image, describe(index, image, str(error))))
             else:
@@ -75,36 +158,38 @@ class TrainImages(Images):
         raise ValueError(bad[0].line)
 
     def _samples(self, positions: list[int]) -> Iterator[Sample]:
+        # Files are read and crops drawn for a group of images before the first of them is decoded,
+        # because pixels evict everything else from the CPU's cache.
         for first in range(0, len(positions), READ_AHEAD):
             group = positions[first : first + READ_AHEAD]
-            for finish in [self._ahead(position) for position in group]:
+            for finish in [self._read_ahead(position) for position in group]:
                 yield finish()
 
-    def _ahead(self, position: int) -> Callable[[], Sample]:
+    def _read_ahead(self, position: int) -> Callable[[], Sample]:
         image = next(self._candidates(position))
         try:
-            finish = self._begun(image, position)
+            decode = self._draw(image, position)
         except UnreadableError:
-            return partial(self.__getitem__, position)
-        return partial(self._finished, image, position, finish)
+            return partial(self.__getitem__, position)  # reads it again, to report and replace it
+        return partial(self._finish, image, position, decode)
 
-    def _finished(self, image: int, position: int, finish: Callable[[], Tensor]) -> Sample:
+    def _finish(self, image: int, position: int, decode: Callable[[], Tensor]) -> Sample:
         try:
-            return Sample(finish(), self.reader.index.labels[image], position)
+            return Sample(decode(), self.reader.index.labels[image], position)
         except UnreadableError:
-            return self[position]  # names it and takes another
+            return self[position]
 
-    def _begun(self, image: int, position: int) -> Callable[[], Tensor]:
-        """Read an image and return what makes the rest of it."""
+    def _draw(self, image: int, position: int) -> Callable[[], Tensor]:
+        """Read an image's file; calling what is returned decodes and augments it."""
         place = self.order.place(position)
         repeats = (place.repeat,) if self.order.repeats > 1 else ()
         seed = stable_seed(self.seed, "augment", place.epoch, image, *repeats)
         source = self.reader(image)
         if isinstance(self.transform, CropAndFlip):
-            return self.transform.drawn(source, seed=seed)
-        return partial(self._transformed, source, seed)
+            return self.transform.draw_from(seed, source)
+        return partial(self._transform, source, seed)
 
-    def _transformed(self, source: Encoded, seed: int) -> Tensor:
+    def _transform(self, source: Encoded, seed: int) -> Tensor:
         with drawing_from(seed):
             return self.transform(source)
 
@@ -127,7 +212,7 @@ class TrainImages(Images):
 class ValImages(Images):
     """Every image once, in index order; positions past the end repeat image 0, NOT_COUNTED.
 
-    An image that cannot be read is black, NOT_COUNTED and reported.
+    An image that cannot be read becomes black, NOT_COUNTED, and is reported.
     """
 
     def __init__(self, reader: ImageReader, *, transform: Transform) -> None:
@@ -146,103 +231,68 @@ class ValImages(Images):
         return Sample(self.transform(Image.new("RGB", (1, 1))), NOT_COUNTED, position, (bad,))
 
 
-def _leave_process_group(_worker: int) -> None:
-    # Launchers signal the whole group at preemption, and the main process has yet to save: a killed
-    # worker would stop it. Ignoring SIGTERM instead hangs the exit, which terminates the workers.
-    os.setpgrp()
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Which rank's share of the images a loader makes, and how.
+
+    `timeout_s` is how long to wait for a worker, 0 for ever. With `reuses_memory` the consumer must
+    copy a batch before it asks for the next one.
+    """
+
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    num_workers: int = 0
+    pin_memory: bool = False
+    timeout_s: float = 0.0
+    reuses_memory: bool = False
+
+
+def train_loader(
+    dataset: TrainImages, steps: range, *, grad_accum_steps: int = 1, options: LoaderOptions
+) -> DataLoader:
+    """Yield one Batch per microbatch of this rank, for each of the consecutive `steps` in order."""
+    numbers = range(steps.start * grad_accum_steps, steps.stop * grad_accum_steps)
+    rank, world, batch = options.rank, options.world, options.batch_size
+    sampler = MicrobatchSampler(numbers, rank=rank, world=world, batch=batch)
+    return _loader(dataset, sampler, options)
+
+
+def val_loader(dataset: ValImages, *, options: LoaderOptions) -> DataLoader:
+    """Yield images rank::world; padding gives every rank as many batches of the same sizes."""
+    per_rank = -(-len(dataset.reader.index.paths) // options.world)
+    positions = range(options.rank, per_rank * options.world, options.world)
+    sampler = BatchSampler(positions, options.batch_size, drop_last=False)
+    return _loader(dataset, sampler, options)
 
 
 def _loader(
-    dataset: TrainImages | ValImages,
-    sampler: Sampler[list[int]],
-    *,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    timeout_s: float,
-    is_reused: bool,
+    dataset: TrainImages | ValImages, sampler: Sampler[list[int]], options: LoaderOptions
 ) -> DataLoader:
-    # The platform's start method is fine. Fork is: workers use Pillow and torch's CPU ops on one
-    # thread (DataLoader sees to that), never CUDA, a collective or a lock of the main process.
-    # So is spawn: all that is handed over can be pickled.
-    memory = None
-    if is_reused:
-        with drawing_from(0):
+    # Any start method will do. Fork is safe because workers only use Pillow and torch's CPU ops on
+    # one thread (DataLoader sees to that), never CUDA, a collective or a lock of the main process.
+    # Spawn works because everything handed over can be pickled.
+    num_workers, memory = options.num_workers, None
+    if options.reuses_memory:
+        with drawing_from(0):  # an image shows how large they all are
             image_CHW = dataset.transform(Image.new("RGB", (1, 1)))
-        memory = BatchMemory(batch_size * image_CHW.nbytes, workers=num_workers)
-    collate: Callable[..., Batch | Parcel] = Collate(memory)
+        memory = BatchMemory(options.batch_size * image_CHW.nbytes, workers=num_workers)
+    collate: Callable[..., object] = Collate(memory)  # DataLoader's types expect a list of samples
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=options.pin_memory,
         collate_fn=collate,
         prefetch_factor=PREFETCHED if num_workers else None,
-        timeout=timeout_s if num_workers else 0,
+        timeout=options.timeout_s if num_workers else 0,
         worker_init_fn=_leave_process_group,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # else each iterator draws from the model's RNG
     )
 
 
-def train_loader(
-    reader: ImageReader,
-    *,
-    transform: Transform,
-    order: Order | None = None,
-    batch_size: int,
-    grad_accum_steps: int,
-    start_step: int,
-    num_steps: int,
-    rank: int,
-    world: int,
-    seed: int,
-    num_workers: int,
-    pin_memory: bool,
-    timeout_s: float = 0.0,
-    is_reused: bool = False,
-) -> DataLoader:
-    """Yield one Batch per microbatch of this rank for steps start_step..num_steps-1, in order.
-
-    `order` is None for one permutation of the images after the other.
-    """
-    numbers = range(start_step * grad_accum_steps, num_steps * grad_accum_steps)
-    sampler = MicrobatchSampler(numbers, rank=rank, world=world, batch=batch_size)
-    order = order or Order(len(reader.index.paths))
-    dataset = TrainImages(reader, transform=transform, order=order, seed=seed)
-    return _loader(
-        dataset,
-        sampler,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        timeout_s=timeout_s,
-        is_reused=is_reused,
-    )
-
-
-def val_loader(
-    reader: ImageReader,
-    *,
-    transform: Transform,
-    batch_size: int,
-    rank: int,
-    world: int,
-    num_workers: int,
-    pin_memory: bool,
-    timeout_s: float = 0.0,
-    is_reused: bool = False,
-) -> DataLoader:
-    """Yield images rank::world; padding gives every rank as many batches of the same sizes."""
-    per_rank = -(-len(reader.index.paths) // world)
-    sampler = BatchSampler(range(rank, per_rank * world, world), batch_size, drop_last=False)
-    dataset = ValImages(reader, transform=transform)
-    return _loader(
-        dataset,
-        sampler,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        timeout_s=timeout_s,
-        is_reused=is_reused,
-    )
+def _leave_process_group(_worker: int) -> None:
+    # Launchers signal the whole group at preemption, when the main process has yet to save and a
+    # killed worker would stop it. Ignoring SIGTERM instead would hang the exit, which ends workers.
+    os.setpgrp()

@@ -19,8 +19,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 
 from benchmarks.jpegs import QUALITY, SIZE, picture
-from images.cropping import resize
-from images.decoding import read_header, rgb, rgb_of_box
+from images.augment import resize
+from images.reading import read_header, rgb, rgb_of_box
 
 LARGE = (1000, 750)
 PASSES = 4  # over the files: about as long as a loader's pass

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from images import archives
+from images import roots
 
 RIVAL, OURS, FLOOR = "plain timm script", "train.py", "import torch, timm"
 FIRST_STEP = "train step=1 "
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: results/<date>-<device>-launch.json")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args(argv)
-    archives.unpack_archive(DATA)  # the plain script does not
+    roots.unpack_archive(DATA)  # the plain script does not
     times = measure(
         arguments.device,
         arguments.overrides,

@@ -48,12 +48,11 @@ from torchvision.transforms import v2
 from benchmarks import common
 from benchmarks.decoders import Timing, decode_runs, scaled_gain
 from benchmarks.jpegs import QUALITY, SIZE, make_images
-from imagenet_dataset import train_loader
+from imagenet_dataset import LoaderOptions, TrainImages, train_loader
 from images.augment import Normaliser, Transform, train_transform
-from images.decoding import pick_decoder
+from images.cache import index_images
 from images.feed import Feed, Tolerance
-from images.image_reader import ImageReader
-from images.layouts import index_images
+from images.reading import ImageReader, pick_decoder
 
 BATCH, CROP = 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -119,20 +118,13 @@ def ours(
     root: Path, workers: int, *, decoder: str, steps: int, transform: Transform | None = None
 ) -> Feed:
     """Return our loader for as many batches, on the CPU."""
-    loader = train_loader(
+    images = TrainImages(
         ImageReader(index_images(root, "train"), decoder=decoder),
         transform=transform or our_transform(hflip=0.5),
-        batch_size=BATCH,
-        grad_accum_steps=1,
-        start_step=0,
-        num_steps=steps,
-        rank=0,
-        world=1,
         seed=0,
-        num_workers=workers,
-        pin_memory=False,
-        is_reused=True,
     )
+    options = LoaderOptions(batch_size=BATCH, num_workers=workers, reuses_memory=True)
+    loader = train_loader(images, range(steps), options=options)
     return Feed(
         loader,
         split="train",

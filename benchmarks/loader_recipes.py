@@ -26,8 +26,8 @@ from benchmarks.jpegs import QUALITY, SIZE, make_images
 from benchmarks.loader import BATCH, measure, ours, parse, ratio, rival, timed
 from images import augment
 from images.batches import Batch
-from images.decoding import pick_decoder
 from images.mixing import Eraser
+from images.reading import pick_decoder
 from options import compose
 from options.schema import Config
 from training import loaders, prepare

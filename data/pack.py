@@ -4,8 +4,8 @@
 
 Any layout that training reads (docs/data.md) -> <out>/<split>/<split>-000000.tar in WebDataset's
 layout, and <out>/classes.txt. `--side` is the shorter side in pixels that larger images are resized
-to (bicubic, JPEG quality 90); smaller ones, and all with 0, are kept as they are. A split has its
-name once it is complete; the same command, for that split, goes on with one that was interrupted.
+to (bicubic, JPEG quality 90); smaller ones, and all with 0, are kept as they are. A split gets its
+name once it is complete; the same command run again continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from PIL import Image
 from tqdm import tqdm
 
-from images.decoding import PNG_MAGIC, UnreadableError, rgb
-from images.image_reader import ImageReader, describe
+from images.cache import index_images
 from images.index import ImageIndex, Split
-from images.layouts import index_images
+from images.reading import PNG_MAGIC, ImageReader, UnreadableError, describe, rgb
 
 QUALITY = 90
 SHARD_IMAGES = 2_000
@@ -50,7 +49,7 @@ def encoded(reader: ImageReader, image: int, side: int | None) -> bytes | bytear
     """Return what goes into the shard for one image.
 
     Raises:
-        UnreadableError: It cannot be read, or decoded if it is to have `side` pixels at most.
+        UnreadableError: It cannot be read or, where `side` limits its size, cannot be decoded.
     """
     source = reader(image)
     if side is None:

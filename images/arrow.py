@@ -2,8 +2,8 @@
 
     dataset.save_to_disk(root) -> <root>/<split>/{state.json, dataset_info.json, data-*.arrow}
 
-pyarrow is needed to index and not afterwards: columns lie uncompressed in the file, so an image is
-a run of bytes like one in a tar shard. The only file that imports pyarrow.
+Only indexing needs pyarrow: columns lie uncompressed in the file, so an image is a range of its
+bytes, as in a tar shard. No other file imports pyarrow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = tuple[str, int, int, int]  # name, label as stored, offset, size
 
 
 def find_saved(root: Path, split: Split) -> Path | None:
-    """Return the folder of the split of a saved dataset, None if there is none."""
+    """Return the folder of a saved dataset's split, None if there is none."""
     folders = [*(root / name for name in SPLIT_FOLDERS[split]), root]
     return next((folder for folder in folders if (folder / STATE).is_file()), None)
 
@@ -34,7 +34,7 @@ def index_saved(folder: Path, split: Split) -> ImageIndex:
     """Find the images of one split.
 
     Raises:
-        ValueError: pyarrow is not installed, or the dataset is not one of images with classes.
+        ValueError: pyarrow is not installed, or the dataset does not consist of labelled images.
     """
     images, labels, names = _columns(folder, split)
     shards = [item["filename"] for item in _json(folder / STATE, split)["_data_files"]]
@@ -70,7 +70,9 @@ def _json(file: Path, split: Split) -> dict[str, Any]:
     try:
         return json.loads(file.read_text("utf-8"))
     except (ValueError, OSError) as err:
-        raise ValueError(wrong_root(file.parent, split, f"{file.name} is no JSON ({err})")) from err
+        raise ValueError(
+            wrong_root(file.parent, split, f"{file.name} is not JSON ({err})")
+        ) from err
 
 
 def _columns(folder: Path, split: Split) -> tuple[str, str, list[str]]:
@@ -100,14 +102,10 @@ def _rows(file: Path, images: str, labels: str, *, where: tuple[Path, Split]) ->
                 column, stored = batch.column(images), batch.column(labels).to_pylist()
                 pieces = _pieces(column.field("bytes"), start=start, end=start + mapped.size())
                 for place, ((offset, size), label) in enumerate(zip(pieces, stored, strict=True)):
-                    yield (
-                        f"{file.name}/{number}/{place}",
-                        -1 if label is None else label,
-                        offset,
-                        size,
-                    )
+                    name = f"{file.name}/{number}/{place}"
+                    yield name, -1 if label is None else label, offset, size
         except (pyarrow.ArrowException, KeyError, struct.error, AttributeError) as err:
-            problem = f"{file.name} is no Arrow stream of images with their bytes ({err})"
+            problem = f"{file.name} is not an Arrow stream of images with their bytes ({err})"
             raise ValueError(wrong_root(*where, problem)) from err
 
 

@@ -1,6 +1,6 @@
-"""What a loader's worker hands over: samples laid into one batch, in memory that is used again.
+"""What a loader's worker hands over: samples copied into one batch, in memory that is reused.
 
-    Sample, Sample, ... -> Collate -> Parcel (in a worker) -> Batch (in the main process)
+    Sample, Sample, ... -> Collate -> PackedBatch (in a worker) -> Batch (in the main process)
 
 Not here: which images, how they are decoded and augmented, the device.
 """
@@ -19,20 +19,18 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 NOT_COUNTED = -1  # label of an image that only fills up a validation batch
-
-
 PREFETCHED = 2  # batches that a worker makes ahead
 
 
 class BadImage(NamedTuple):
-    """An image that cannot be used: its number in the index, and the line that says why."""
+    """An unusable image: its number in the index, and the line that says why."""
 
     image: int
     line: str
 
 
 class Sample(NamedTuple):
-    """An image at a position of the stream, and the bad ones that it was taken instead of."""
+    """An image at a position of the stream, and the bad ones that it replaces."""
 
     image_CHW: Tensor
     label: int
@@ -43,8 +41,8 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """One microbatch of one rank: images, int64 labels and int64 stream positions.
 
-    Images are uint8 as decoded, or float32 and normalised, channels last in memory. Those in `bad`
-    were replaced.
+    Images are uint8 as decoded, or float32 and normalised, channels last in memory. `bad` are those
+    that were replaced.
     """
 
     image_BCHW: Tensor
@@ -54,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where the images of a batch lie in a BatchMemory."""
+    """Where a batch's images lie in a BatchMemory."""
 
     memory: str
     number: int
@@ -63,10 +61,11 @@ class Slot(NamedTuple):
     dtype: torch.dtype
 
 
-class Parcel(NamedTuple):
-    """A batch as a worker sends it, by value where it can: each tensor would take a handshake.
+class PackedBatch(NamedTuple):
+    """A batch as a worker sends it; unpickling it makes the Batch.
 
-    What the main process gets is the Batch.
+    Labels and positions go by value and images as a Slot where possible, because every tensor sent
+    between processes costs a handshake over a socket.
     """
 
     images: Slot | Tensor
@@ -75,20 +74,20 @@ class Parcel(NamedTuple):
     bad: tuple[BadImage, ...]
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple]:
-        """Pickle as what makes the Batch."""
-        return _unpacked, tuple(self)
+        """Pickle as the call that makes the Batch."""
+        return _unpack, tuple(self)
 
 
-def _unpacked(
+def _unpack(
     images: Slot | Tensor, labels: list[int], positions: list[int], bad: tuple[BadImage, ...]
 ) -> Batch:
     if isinstance(images, Slot):
         buffer = _memory[images.memory].buffers[images.number]
-        images = _laid(buffer, images.shape, images.strides, images.dtype)
+        images = _view(buffer, images.shape, images.strides, images.dtype)
     return Batch(images, torch.tensor(labels), torch.tensor(positions), bad)
 
 
-def _laid(
+def _view(
     buffer: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
@@ -96,15 +95,15 @@ def _laid(
 
 
 class BatchMemory:
-    """Buffers of one batch each for every worker, made before there are workers to share them.
-
-    A batch may be asked for again, be made and wait, or be in the hands of the consumer, who copies
-    it before asking for the next: so many buffers each worker has.
+    """Buffers of one batch each for every worker, made before the workers start, who share them.
 
     Raises:
         OSError: There is not enough shared memory.
     """
 
+    # A worker has up to PREFETCHED batches in the making or in the queue, and the consumer holds
+    # one more, which it copies before it asks for the next. So the buffer whose turn it is again is
+    # free, with one to spare.
     EACH = PREFETCHED + 2
 
     def __init__(self, batch_bytes: int, *, workers: int) -> None:
@@ -122,38 +121,38 @@ class BatchMemory:
         _memory[self.name] = self
 
 
-# By name, those that a loader of this process has.
+# By name, the memory of this process's loaders; weak, so that it goes when its loader goes.
 _memory: weakref.WeakValueDictionary[str, BatchMemory] = weakref.WeakValueDictionary()
 
 
 class Collate:
-    """Makes samples one after the other and lays them into one batch, in their memory format.
+    """Makes samples one after the other and copies them into one batch, in their memory format.
 
-    With `memory` they go into its buffers in turn, so a batch has to be copied before the next one
-    is asked for: fresh memory costs as much as to resize the images.
+    With `memory`, batches go into its buffers in turn, since fresh memory costs as much as resizing
+    the images. The consumer then has to copy a batch before it asks for the next one.
     """
 
     def __init__(self, memory: BatchMemory | None) -> None:
         self.memory = memory
         self._count = 0
 
-    def __call__(self, asked: tuple[int, Iterator[Sample]]) -> Batch | Parcel:
-        """Return the batch, in a worker what becomes the batch on its way."""
-        count, samples = asked
+    def __call__(self, requested: tuple[int, Iterator[Sample]]) -> Batch | PackedBatch:
+        """Return the batch; from a worker, what turns into it on the way."""
+        count, samples = requested
         first = next(samples)
-        images, image_BCHW = self._images(count, first.image_CHW)
+        images, image_BCHW = self._allocate(count, first.image_CHW)
         labels, positions = [], []
         bad: list[BadImage] = []
         for image_CHW, sample in zip(image_BCHW, chain((first,), samples), strict=True):
-            image_CHW.copy_(sample.image_CHW)  # while it is in the CPU's cache
+            image_CHW.copy_(sample.image_CHW)  # while the sample is in the CPU's cache
             labels.append(sample.label)
             positions.append(sample.position)
             bad.extend(sample.bad)
-        parcel = Parcel(images, labels, positions, tuple(bad))
-        return parcel if get_worker_info() else _unpacked(*parcel)
+        packed = PackedBatch(images, labels, positions, tuple(bad))
+        return packed if get_worker_info() else _unpack(*packed)
 
-    def _images(self, count: int, like_CHW: Tensor) -> tuple[Slot | Tensor, Tensor]:
-        """Return where a batch goes, as the main process knows it and as a tensor."""
+    def _allocate(self, count: int, like_CHW: Tensor) -> tuple[Slot | Tensor, Tensor]:
+        """Return where a batch goes: as the main process finds it, and as a tensor to fill."""
         shape = (count, *like_CHW.shape)
         strides = (like_CHW.numel(), *torch.empty_like(like_CHW).stride())
         worker, size = get_worker_info(), count * like_CHW.nbytes
@@ -161,8 +160,8 @@ class Collate:
             self._count = (self._count + 1) % BatchMemory.EACH
             number = (worker.id if worker else 0) * BatchMemory.EACH + self._count
             slot = Slot(self.memory.name, number, shape, strides, like_CHW.dtype)
-            return slot, _laid(self.memory.buffers[number], *slot[2:])
+            return slot, _view(self.memory.buffers[number], *slot[2:])
         fresh = torch.empty(size, dtype=torch.uint8)
         fresh = fresh.share_memory_() if worker else fresh
-        image_BCHW = _laid(fresh, shape, strides, like_CHW.dtype)
+        image_BCHW = _view(fresh, shape, strides, like_CHW.dtype)
         return image_BCHW, image_BCHW

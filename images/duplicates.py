@@ -1,13 +1,15 @@
-"""Find images whose files are the same: twice in a split, or in training and validation.
+"""Find identical image files: twice in a split, or in both training and validation.
 
-    ImageIndex -> fingerprints (of size and some bytes) -> those that agree, compared whole
+    ImageIndex -> fingerprints (of size and some bytes) -> equal ones -> files compared as a whole
 
-A fingerprint takes one short read per image, once: the index keeps it. Not here: pictures that only
+A fingerprint takes one short read per image, and only once, because the index keeps it. Reading
+every file at every start instead would take as long as an epoch. Not here: pictures that merely
 look alike, such as the same one at another size or quality.
 """
 
 import hashlib
 import os
+import sys
 import time
 from array import array
 from collections.abc import Sequence
@@ -16,16 +18,17 @@ from functools import partial
 
 import numpy as np
 
-from images.decoding import UnreadableError
-from images.image_reader import PASSING, ImageReader
 from images.index import ImageIndex
+from images.reading import PASSING, ImageReader, UnreadableError
+from parallel import collectives
+from parallel.distributed import World
 
-UNKNOWN, UNREADABLE = 0, 1  # no fingerprints
-PROBED_BYTES = 4096  # from the middle: beginnings are headers, which are often the same
-THREADS = 16  # disks and file systems across a network answer several at once
+UNKNOWN, UNREADABLE = 0, 1  # in place of a fingerprint
+PROBED_BYTES = 4096  # from the middle: files begin with headers, which are often the same
+THREADS = 16  # disks and network file systems answer several requests at once
 CHUNK = 1024  # images that a thread takes at a time
-MOST_COMPARED = 2_000  # images read whole at most, at each start
-Group = tuple[list[int], list[int]]  # images of training and of validation that are the same
+MOST_COMPARED = 2_000  # images read as a whole, at each start
+Group = tuple[list[int], list[int]]  # identical images of training and of validation
 
 
 def num_unknown(index: ImageIndex) -> int:
@@ -34,11 +37,11 @@ def num_unknown(index: ImageIndex) -> int:
 
 
 def fingerprints(index: ImageIndex, *, ends: float) -> array:
-    """Return uint64 of each image's size and some of its bytes, those that are known taken over.
+    """Return a uint64 hash of each image's size and some of its bytes, keeping those known already.
 
-    Images not begun when time.monotonic() is past `ends`, or that cannot be read just now, are
-    UNKNOWN: another call goes on with them. What cannot be read at all is UNREADABLE; that is
-    another check's business.
+    Images not reached before time.monotonic() is past `ends`, or that cannot be read at the moment,
+    are UNKNOWN: the next call continues with them. Files that cannot be read at all are UNREADABLE;
+    reporting them is another check's business.
     """
     found = array("Q", index.prints or bytes(8 * len(index)))
     missing = [image for image, value in enumerate(found) if value == UNKNOWN]
@@ -52,7 +55,7 @@ def fingerprints(index: ImageIndex, *, ends: float) -> array:
 
 
 def _chunk(index: ImageIndex, images: Sequence[int], *, ends: float) -> list[int]:
-    """Return the fingerprints of the first images, as many as there is time for."""
+    """Return the fingerprints of as many of the images as there is time for."""
     values: list[int] = []
     for image in images:
         if time.monotonic() > ends:
@@ -80,7 +83,7 @@ def _fingerprint(index: ImageIndex, image: int) -> int:
 
 
 def find_twins(train: ImageIndex, val: ImageIndex) -> list[str]:
-    """Return what images are there more than once, a sentence for each kind with an example.
+    """Say which images occur more than once: a sentence with an example for each kind.
 
     Images without a fingerprint are left out.
     """
@@ -92,9 +95,9 @@ def find_twins(train: ImageIndex, val: ImageIndex) -> list[str]:
 
 
 def _suspects(train: ImageIndex, val: ImageIndex) -> list[int]:
-    """Return the images whose fingerprint is another's, too, alike ones in a row.
+    """Return the images that share a fingerprint, equal ones next to each other.
 
-    Those of validation are counted on from those of training.
+    Validation images are numbered after the training images.
     """
     prints = np.concatenate(
         [np.asarray(index.prints or [UNKNOWN] * len(index), np.uint64) for index in (train, val)]
@@ -107,7 +110,7 @@ def _suspects(train: ImageIndex, val: ImageIndex) -> list[int]:
 
 
 def _compare(suspects: Sequence[int], train: ImageIndex, val: ImageIndex) -> list[Group]:
-    """Return the suspects that are the same in every byte."""
+    """Group the suspects that are the same in every byte."""
     readers = ImageReader(train), ImageReader(val)
     groups: dict[bytes, Group] = {}
     for number in suspects:
@@ -116,13 +119,13 @@ def _compare(suspects: Sequence[int], train: ImageIndex, val: ImageIndex) -> lis
         try:
             data = readers[split](image).data
         except UnreadableError:
-            continue  # it is named when it is its turn
+            continue  # the loader reports it
         groups.setdefault(hashlib.sha256(data).digest(), ([], []))[split].append(image)
     return list(groups.values())
 
 
 def _leaks(groups: Sequence[Group], train: ImageIndex, val: ImageIndex) -> str:
-    """Say how many images of validation are training images, too."""
+    """Say how many validation images are also training images."""
     both = [group for group in groups if all(group)]
     if not both:
         return ""
@@ -135,7 +138,7 @@ def _leaks(groups: Sequence[Group], train: ImageIndex, val: ImageIndex) -> str:
 
 
 def _copies(groups: Sequence[Group], split: int, index: ImageIndex) -> str:
-    """Say how many images of a split are copies of another one in it."""
+    """Say how many images of a split are copies of others in it."""
     more = [group[split] for group in groups if len(group[split]) > 1]
     if not more:
         return ""
@@ -151,3 +154,26 @@ def _copies(groups: Sequence[Group], split: int, index: ImageIndex) -> str:
 
 def _name(index: ImageIndex, image: int) -> str:
     return f"{index.split}/{index.paths[image]}"
+
+
+def check_copies(train: ImageIndex, val: ImageIndex, world: World, *, duplicates: str) -> None:
+    """Report images that occur more than once; duplicates="stop" refuses them. Collective.
+
+    Raises:
+        ValueError: On every rank.
+    """
+    lines = collectives.from_main(_report(train, val) if world.is_main else [])
+    if lines and duplicates == "stop":
+        raise ValueError(f"config dataset.duplicates=stop: {'; '.join(lines)}")
+    for line in lines if world.is_main else []:
+        print(f"data: {line}", file=sys.stderr, flush=True)
+
+
+def _report(train: ImageIndex, val: ImageIndex) -> list[str]:
+    lines = find_twins(train, val)
+    if missing := num_unknown(train) + num_unknown(val):
+        lines.append(
+            f"{missing} images have not been compared yet: the next start continues with them, if "
+            "the index can be written"
+        )
+    return lines

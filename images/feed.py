@@ -1,8 +1,8 @@
-"""From a loader's batches to batches on the device; decides what a bad image or worker means.
+"""Move a loader's batches to the device, and decide what a bad image or a lost worker means.
 
     DataLoader -> Batch (uint8, with bad images) -> Feed -> Batch (float32, normalised, on device)
 
-A bad image was replaced by the loader already: here it stops the run, or is counted and named. A
+The loader has already replaced a bad image: here it stops the run, or is counted and reported. A
 worker that dies or hangs stops the run.
 """
 
@@ -18,17 +18,20 @@ from torch.utils.data import DataLoader
 from images.augment import Normaliser
 from images.batches import BadImage, Batch
 
-Gather = Callable[[list[BadImage]], list[BadImage]]
+Gather = Callable[[list[BadImage]], list[list[BadImage]]]
 AGREE_EVERY = 32  # batches between two counts over all ranks
-LOADER = "DataLoader"  # how messages of torch about its workers begin
+LOADER = "DataLoader"  # what torch's messages about its workers begin with
 
 
 @contextlib.contextmanager
 def worker_losses() -> Iterator[None]:
-    """Turn what torch raises wherever this process is when a loader's worker dies into an OSError.
+    """Turn the RuntimeError with which torch interrupts this process into an OSError.
+
+    Torch raises it when a worker dies, in a signal handler, hence wherever the process happens to
+    be.
 
     Raises:
-        ChildProcessError: A worker died while no batch was waited for.
+        ChildProcessError: A worker died while nobody was waiting for a batch.
     """
     try:
         yield
@@ -39,11 +42,11 @@ def worker_losses() -> Iterator[None]:
 
 
 class Tolerance:
-    """How many images of a split may be bad, counted once each over all ranks.
+    """How many images of a split may be bad, each counted once over all ranks.
 
-    `at_most` None stops at the first. `gather` returns what all ranks found, for what this one
-    found; it is called on every rank after the same batches. `seen` are those counted already, and
-    more are added to it.
+    With `at_most` None the first one stops the run. `gather` returns what every rank found, given
+    what this one did, and is called by every rank after the same batches. `seen` holds the images
+    already counted, and grows.
     """
 
     def __init__(
@@ -55,10 +58,10 @@ class Tolerance:
         self._new: list[BadImage] = []
 
     def note(self, found: tuple[BadImage, ...]) -> None:
-        """Take over what a batch reports.
+        """Count the bad images of one batch.
 
         Raises:
-            ValueError: None, or no more, are allowed.
+            ValueError: No bad image is allowed, or, on one rank alone, no more of them.
         """
         for bad in found:
             if self.at_most is None:
@@ -69,17 +72,17 @@ class Tolerance:
             self._new.append(bad)
             line = f"{bad.line}; skipped {len(self.seen)} of at most {self.at_most}"
             print(line, file=sys.stderr, flush=True)
-        if self.gather is None:  # with others, all stop together
+        if self.gather is None:  # several ranks stop together, in agree()
             self._check()
 
     def agree(self) -> None:
         """Count what the other ranks found. Collective where there are several.
 
         Raises:
-            ValueError: All together are more than allowed.
+            ValueError: All ranks together found more than allowed.
         """
         if self.gather is not None and self.at_most is not None:
-            self.seen |= {bad.image for bad in self.gather(self._new)}
+            self.seen |= {bad.image for found in self.gather(self._new) for bad in found}
             self._new = []
             self._check()
 
@@ -92,7 +95,7 @@ class Tolerance:
 
 
 class Feed:
-    """Iterates a loader; the same batches each time that it is iterated."""
+    """Iterates a loader; yields the same batches every time it is iterated."""
 
     def __init__(
         self,
@@ -121,26 +124,25 @@ class Feed:
             except RuntimeError as error:
                 if not str(error).startswith(LOADER):
                     raise
-                raise self._loss(error, number, positions) from error
+                raise self._lost_worker(error, number, positions) from error
             self.tolerance.note(batch.bad)
             if (number + 1) % AGREE_EVERY == 0 or number + 1 == len(self):
                 self.tolerance.agree()
             yield self._on_device(batch)
 
-    def _loss(self, error: RuntimeError, number: int, positions: list[int]) -> OSError:
-        """Say which worker is lost, and which images it or others were at."""
+    def _lost_worker(self, error: RuntimeError, number: int, positions: list[int]) -> OSError:
+        """Say which worker is lost, and which positions it or another was working on."""
         count = self.loader.num_workers
         where = f"asked for positions {positions[0]} to {positions[-1]}"
         what = str(error).splitlines()[0].rstrip(" .")
         if "timed out" in what:
             limit = f"dataset.timeout_s={self.loader.timeout:g}"
             worker = f"worker {number % count} of {count}"
-            return TimeoutError(
-                f"data {self.split}: no batch within {limit} from {worker}, {where}"
-            )
+            message = f"data {self.split}: no batch within {limit} from {worker}, {where}"
+            return TimeoutError(message)
         return ChildProcessError(f"data {self.split}: {what} ({count} workers, {where})")
 
     def _on_device(self, batch: Batch) -> Batch:
         image_BCHW, label_B = (value.to(self.device, non_blocking=True) for value in batch[:2])
-        # Positions stay on the host, which reads them to know what is erased and mixed.
+        # Positions stay on the host, which reads them to draw what is erased and mixed.
         return batch._replace(image_BCHW=self.normaliser.batch(image_BCHW), label_B=label_B)

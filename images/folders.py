@@ -2,26 +2,26 @@
 
     <split>/<wnid>/**/*.JPEG              class folders (ImageFolder; CLS-LOC train)
     <split>/<wnid>/images/*.JPEG          Tiny-ImageNet train; val/images/ + val_annotations.txt
-    Data/CLS-LOC/val/*.JPEG               a flat val folder, labelled by the first found of these,
-                                          which the others must not contradict
+    Data/CLS-LOC/val/*.JPEG               a flat val folder, labelled by the first of these that
+                                          exists; the others must not contradict it
         LOC_val_solution.csv              as on Kaggle
         Annotations/CLS-LOC/val/*.xml     bounding boxes, whose object is the class
-        ILSVRC2012_validation_ground_truth.txt   a line per image in order: a wnid, or the devkit's
-                                          number, which its meta.mat turns into one
+        ILSVRC2012_validation_ground_truth.txt   a line per image in order: a wnid, or a number that
+                                          the devkit's meta.mat turns into one (needs scipy)
 
 Labels are positions in the sorted class ids. Only names, sizes and annotations are read here.
 """
 
 import csv
+import importlib
 import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from images.devkit import read_wnids
 from images.index import ImageIndex, Names, Split, wrong_root
 
 ANNOTATIONS = "val_annotations.txt"
@@ -38,20 +38,21 @@ NUMBERED = re.compile(r"_val_(\d{8})(?!\d)")  # as ILSVRC numbers validation ima
 XML_FILE = re.compile(r"<filename>\s*([^<\s]+)")
 XML_CLASS = re.compile(r"<object>\s*<name>\s*([^<\s]+)")
 MAX_XML_BYTES = 1 << 20
+MAX_META_BYTES = 4 << 20  # compressed; zlib makes up to a thousand times as many of them
 XML_THREADS = 16
 SOURCES = (SOLUTION, XML_FOLDER, GROUND_TRUTH, META)
-PARENTS = 4  # from Data/CLS-LOC/val up to where Kaggle has LOC_val_solution.csv
+PARENTS = 4  # from Data/CLS-LOC/val up to the folder of Kaggle's LOC_val_solution.csv
 Labels = dict[str, str]  # name of an image without its suffix -> wnid
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Return the names of its folders, sorted; hidden ones are ignored."""
+    """Return the sorted names of the folders in a folder, except hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def _images(folder: Path) -> dict[str, int]:
-    """Return name -> bytes of its images, sorted by name."""
+    """Return name -> bytes of the images in a folder, sorted by name."""
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
@@ -66,10 +67,10 @@ def _images(folder: Path) -> dict[str, int]:
 
 
 def _images_below(folder: Path, above: tuple[Path, ...] = ()) -> dict[str, int]:
-    """Return relative path -> bytes of the images in a folder and in those inside, sorted."""
+    """Return relative path -> bytes of the images anywhere below a folder, sorted."""
     real = folder.resolve()
     if real in above:
-        raise ValueError(f"folder {folder}: links back to {real}, which it is in")
+        raise ValueError(f"folder {folder}: links back to {real}, which contains it")
     found = _images(folder)
     for name in subfolders(folder):
         inner = _images_below(folder / name, (*above, real))
@@ -78,7 +79,7 @@ def _images_below(folder: Path, above: tuple[Path, ...] = ()) -> dict[str, int]:
 
 
 def find_folder(root: Path, split: Split) -> Path | None:
-    """Return the folder of the split's images, `root` itself if it is none of a whole dataset."""
+    """Return the folder of the split's images: `root` itself if it is not a dataset's root."""
     for base in (root, root / CLS_LOC, root / "ILSVRC" / CLS_LOC):
         if (base / split).is_dir():
             return base / split
@@ -189,7 +190,7 @@ def _read_annotations(folder: Path, split: Split) -> dict[str, str]:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Return where labels of a flat folder may be: in it and up to where datasets begin."""
+    """Return where a flat folder's labels may be: in it, and above it up to the dataset's root."""
     return [folder, *islice(folder.parents, PARENTS)]
 
 
@@ -225,9 +226,10 @@ def _index_flat(folder: Path, split: Split) -> ImageIndex:
 
 
 def _sources(folder: Path, split: Split, stems: Sequence[str]) -> Iterator[tuple[Path, Labels]]:
-    """Yield each file or folder of labels and what it says, the one that decides first.
+    """Yield each file or folder of labels with its labels; the first one decides.
 
-    Of the others, a list that only counts images says nothing of another number of them.
+    After it, a list of labels in order is left out unless it is as long as the list of images: it
+    belongs to the whole dataset, of which these images are a part.
     """
     is_first = True
     for place in _places(folder):
@@ -273,21 +275,21 @@ def _from_xml(annotations: Path, folder: Path, split: Split, stems: Sequence[str
     for stem, text in zip(stems, texts, strict=True):
         if text is None:
             continue
-        # Not an XML parser: two words are needed, and entities of a foreign file are a hazard.
+        # No XML parser: only two words are needed, and entities in foreign files are a hazard.
         of_class, of_file = XML_CLASS.search(text), XML_FILE.search(text)
         if of_class is None:
             problem = f"image {stem}: {annotations / stem}.xml must name the class of an object"
             raise ValueError(wrong_root(folder, split, problem))
         named = Path(of_file[1]).stem if of_file else stem
-        if named != stem and named in known:  # some files of ILSVRC have no name there
-            problem = f"image {stem}: {annotations / stem}.xml is that of {named}"
+        if named != stem and named in known:  # some of ILSVRC's files have a placeholder there
+            problem = f"image {stem}: {annotations / stem}.xml belongs to {named}"
             raise ValueError(wrong_root(folder, split, problem))
         wnid_of[stem] = of_class[1]
     return wnid_of
 
 
 def _read_small(file: Path) -> str | None:
-    """Return a file's text, nothing of one that is too long, None if there is none."""
+    """Return a file's text, "" if it is too long, None if it does not exist."""
     if not file.is_file():
         return None
     return file.read_text("utf-8", "replace") if file.stat().st_size <= MAX_XML_BYTES else ""
@@ -304,9 +306,9 @@ def _from_ground_truth(
     if not all(line.isdecimal() for line in lines):
         return dict(zip(stems, lines, strict=True))
     if not (place / META).is_file():
-        problem = f"{file} has the devkit's numbers, which need its {META} beside"
+        problem = f"{file} has the devkit's numbers, which need its {META} beside it"
         raise FileNotFoundError(wrong_root(folder, split, problem))
-    wnid_of = read_wnids(place / META)
+    wnid_of = _read_wnids(place / META)
     for number, line in enumerate(lines, start=1):
         if int(line) not in wnid_of:
             problem = f"{GROUND_TRUTH} line {number}: {line} is not in {META}"
@@ -314,13 +316,42 @@ def _from_ground_truth(
     return {stem: wnid_of[int(line)] for stem, line in zip(stems, lines, strict=True)}
 
 
+def _read_wnids(path: Path) -> dict[int, str]:
+    """Return number -> wnid from the devkit's meta.mat.
+
+    In a process of its own: scipy's reader is compiled code that recurses without a limit, so a
+    hostile file can crash it. A crash, like any error there, is just a file that cannot be read.
+    """
+    if path.stat().st_size > MAX_META_BYTES:
+        raise ValueError(f"{path}: is not the meta.mat of ILSVRC's devkit (too large)")
+    with ProcessPoolExecutor(1) as pool:
+        future = pool.submit(_load_wnids, path)
+    error = future.exception()
+    if isinstance(error, ImportError):
+        needs = "reading the devkit's meta.mat needs scipy (pip install scipy)"
+        raise ValueError(f"{path}: {needs}") from error
+    if error is not None:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: is not the meta.mat of ILSVRC's devkit ({reason})") from error
+    return future.result()
+
+
+def _load_wnids(path: Path) -> dict[int, str]:
+    loadmat = importlib.import_module("scipy.io").loadmat
+    synsets = loadmat(path, variable_names=["synsets"])["synsets"]
+    numbers, wnids = synsets["ILSVRC2012_ID"].ravel(), synsets["WNID"].ravel()
+    return {
+        int(number.item()): str(wnid.item()) for number, wnid in zip(numbers, wnids, strict=True)
+    }
+
+
 def _check_numbers(file: Path, folder: Path, split: Split, stems: Sequence[str]) -> None:
-    """Raise ValueError if images are numbered and one is not at the line of its number."""
+    """Raise ValueError if images are numbered and one of them is not at the line of its number."""
     for line, stem in enumerate(stems, start=1):
         number = NUMBERED.search(stem)
         if number is not None and int(number[1]) != line:
             problem = (
-                f"image {stem} is number {line} of those there, so {file} is not theirs; in "
-                f"{SOLUTION} they would have names"
+                f"image {stem} is number {line} in the folder, so {file} does not belong to these "
+                f"images; {SOLUTION} would name them"
             )
             raise ValueError(wrong_root(folder, split, problem))

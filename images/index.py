@@ -1,8 +1,8 @@
 """Which images a split has, in a fixed order, with their labels and where their bytes are.
 
-    layouts.index_images -> ImageIndex -> select -> image_reader
+    cache.index_images -> ImageIndex -> select -> reading.ImageReader
 
-An image is a file below `root`, or a run of bytes inside one of the `shards` below it. Nothing is
+An image is a file below `root`, or a range of bytes in one of the `shards` below it. Nothing is
 read or decoded here.
 """
 
@@ -22,7 +22,11 @@ WNID_IN_NAME = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
 
 class Names(Sequence[str]):
-    """A tuple of strings in two buffers: a million are 30 MB, and forked workers share them."""
+    """A tuple of strings in two buffers: a million take 30 MB, and forked workers share them.
+
+    A tuple of str would be copied page by page into every worker, as reading a string counts its
+    references.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._bytes = bytearray()
@@ -59,9 +63,9 @@ class ImageIndex:
     """The images of one split in a fixed order; `paths` are relative to the split folder `root`.
 
     With `shards` (files below `root`), image i is the `sizes[i]` bytes from `offsets[i]` on in
-    `shards[shard_of[i]]`, and its path is only a name. `watched` are the files and folders that
-    say whether the index is out of date. `prints` are the fingerprints of duplicates.py, if they
-    were asked for.
+    `shards[shard_of[i]]`, and its path is only a name. `watched` are the files and folders whose
+    state shows whether the index is out of date. `prints` are the fingerprints of duplicates.py,
+    if they were asked for.
     """
 
     root: Path
@@ -82,9 +86,17 @@ class ImageIndex:
 
 
 def digest(index: ImageIndex) -> str:
-    """Return a SHA-256 of the names and labels in order: what a position of the stream means."""
+    """Return a SHA-256 of the names and labels in order: they define what a position stands for."""
     lines = (f"{path}\t{label}" for path, label in zip(index.paths, index.labels, strict=True))
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def check_splits(train: ImageIndex, val: ImageIndex) -> None:
+    """Raise ValueError unless two splits belong together and every class has images."""
+    check_separate(train, val)
+    check_same_classes(train, val)
+    check_every_class(train)
+    check_every_class(val)
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
@@ -99,12 +111,12 @@ def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
 def check_separate(train: ImageIndex, val: ImageIndex) -> None:
     """Raise ValueError if both splits are the same images."""
     if (train.root, train.shards, train.paths) == (val.root, val.shards, val.paths):
-        problem = "are the training images, too; name the whole dataset's folder or one for each"
+        problem = "are the training images, too; name the dataset's root, or a folder for each"
         raise ValueError(wrong_root(val.root, "val", f"the {len(val)} images {problem}"))
 
 
 def check_every_class(index: ImageIndex) -> None:
-    """Raise ValueError if a class has no image, which a folder of its own cannot be without."""
+    """Raise ValueError if a class has no image; other layouts than class folders allow that."""
     present = set(index.labels)
     missing = [name for label, name in enumerate(index.classes) if label not in present]
     if missing:
@@ -116,7 +128,7 @@ def check_every_class(index: ImageIndex) -> None:
 
 
 def check_names(index: ImageIndex) -> None:
-    """Raise ValueError if the path of an image names another of the classes than its label."""
+    """Raise ValueError if an image's path names another of the classes than its label."""
     label_of = {
         name: label for label, name in enumerate(index.classes) if WNID_IN_NAME.fullmatch(name)
     }
@@ -137,7 +149,7 @@ def check_names(index: ImageIndex) -> None:
 
 
 def check_count(index: ImageIndex, expected: int | None) -> None:
-    """Raise ValueError unless there are as many images as are expected; None expects nothing."""
+    """Raise ValueError unless there are as many images as expected; None means any number."""
     if expected is not None and len(index) != expected:
         raise ValueError(
             f"config dataset.{index.split}.images={expected}: {index.root} has {len(index)} images "
@@ -146,14 +158,15 @@ def check_count(index: ImageIndex, expected: int | None) -> None:
 
 
 def wrong_root(root: Path, split: Split, problem: str) -> str:
-    """Return the message about a dataset folder that cannot be used."""
+    """Return the message about an unusable dataset folder."""
     return f"config dataset.{split}.root={root}: {problem}"
 
 
 def select(index: ImageIndex, *, class_filter: Sequence[str], share: float) -> ImageIndex:
-    """Keep the classes named, all if none are, and of each a share of its images, at least one.
+    """Keep the named classes (all if none are), and a share of each one's images, at least one.
 
-    Which images is a function of the class and their number in it alone, the same in every run.
+    Which images are kept depends only on the class and on their number in it, so every run keeps
+    the same ones.
 
     Raises:
         ValueError: A class is not in the dataset.
@@ -204,7 +217,7 @@ def ordered_classes(names: Sequence[str]) -> tuple[str, ...]:
     """Return a dataset's list of classes in label order: wnids sorted, other names as listed.
 
     Raises:
-        ValueError: A name comes twice.
+        ValueError: A name is listed twice.
     """
     if len(set(names)) != len(names):
         twice = next(name for name in names if list(names).count(name) > 1)

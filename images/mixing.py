@@ -1,4 +1,4 @@
-"""What is done to a microbatch on its device, timm's, drawn as a function of (seed, position).
+"""Erase and mix a microbatch on its device as timm does, drawn as a function of (seed, position).
 
 normalised image_BCHW, label_B -> Eraser -> Mixer -> image_BCHW, target_BY
 """
@@ -20,10 +20,10 @@ MODES = ("batch", "pair", "elem")
 
 
 class Eraser:
-    """Random erasing: at most `count` boxes of an image are filled, with probability `prob`.
+    """Random erasing: fills up to `count` boxes of an image, with probability `prob`.
 
     Mode "pixel" fills with noise, "rand" with one random color, "const" with zeros, after
-    normalisation. Boxes are the same on every device; the noise is that of the device's generator.
+    normalisation. Boxes are the same on every device; noise comes from the device's own generator.
 
     Source: arXiv:1708.04896; timm.data.random_erasing.
     """
@@ -35,13 +35,13 @@ class Eraser:
         self.seed = seed
 
     def __call__(self, image_BCHW: Tensor, position_B: Tensor) -> Tensor:
-        """Return the images, written in place, by their positions in the stream."""
+        """Erase in place, drawing by each image's position in the stream; return the images."""
         device = image_BCHW.device
         on_cpu = device.type == "cpu"
         generator = (
             torch.default_generator if on_cpu else torch.cuda.default_generators[device.index]
         )
-        # timm draws from the global generators, which are put back as they were.
+        # timm draws from the global generators, which the model uses, too: restore them.
         kept = random.getstate(), generator.get_state()
         try:
             for image_CHW, position in zip(image_BCHW, position_B.tolist(), strict=True):
@@ -58,9 +58,9 @@ class Eraser:
 class Mixer:
     """Mix images in pairs, first with last; targets are label-smoothed probabilities.
 
-    All draws depend on the seed and on which group of `batch_size` consecutive images of the run
-    this is, so they are the same after a resume, and for any number of ranks that keeps the batch
-    size of a rank.
+    Draws depend only on the seed and on the number of this group of `batch_size` consecutive images
+    of the run, so they are the same after a resume, and at any number of ranks as long as a rank's
+    batch size stays the same.
 
     Source: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899; timm.data.Mixup.
     """
@@ -90,7 +90,7 @@ class Mixer:
 
     def __call__(self, image_BCHW: Tensor, label_B: Tensor, *, group: int) -> tuple[Tensor, Tensor]:
         """Return the mixed images (written in place) and targets: image_BCHW, target_BY."""
-        # timm draws from NumPy's global generator, which is put back as it was.
+        # timm draws from NumPy's global generator: restore it.
         state = np.random.get_state()
         np.random.seed(stable_seed(self.seed, "mix", group) % NUMPY_SEEDS)
         try:

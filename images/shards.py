@@ -5,9 +5,9 @@
     member <key>.cls              its class: a number, or an id such as n01440764
     member <key>.json             or the same under "label"
 
-Without either the class is what the key names: its folder, or the n01440764 of n01440764_10026.
-Numbers are lines of a classes.txt beside the shards, else names of their own. A shard may hold
-plain files and folders with plain names only: whoever unpacks it elsewhere is safe, too.
+Without either, the key names the class: its folder, or the n01440764 of n01440764_10026. Numbers
+are lines of a classes.txt beside the shards, or else names of their own. A shard may only hold
+plain files and folders with plain names, so that it is also safe to unpack elsewhere.
 """
 
 import json
@@ -20,8 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from images.archives import is_harmless
 from images.index import ImageIndex, Names, Split, ordered_classes, wrong_root
+from images.roots import is_harmless
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 CLASSES = "classes.txt"
@@ -29,11 +29,11 @@ MAX_MEMBERS = 200_000  # of one shard
 MAX_LABEL_BYTES = 1 << 16
 WNID = re.compile(r"n\d{8}")
 SPLIT_WORDS = {"train": ("train",), "val": ("val", "validation")}
-PARALLEL_SHARDS = 8  # from here on processes share the work
+PARALLEL_SHARDS = 8  # this many or more are shared out to processes
 
 
 class Member(NamedTuple):
-    """An image in a shard: its name, its class as the shard has it, where its bytes are."""
+    """An image in a shard: its name, its class as the shard spells it, where its bytes are."""
 
     name: str
     label: str
@@ -42,15 +42,15 @@ class Member(NamedTuple):
 
 
 def find_shards(root: Path, split: Split) -> list[Path]:
-    """Return the split's shards in order of their names; none if there are none."""
+    """Return the split's shards in order of their names."""
     for word in SPLIT_WORDS[split]:
         if found := _tars(root / word):
             return found
-    shards = _tars(root)  # beside class folders, tars are what those were unpacked from
+    shards = _tars(root)  # not tars beside class folders, which were unpacked from them
     words = {path: set(re.split(r"[^a-z]+", path.stem.lower())) for path in shards}
     mine = [path for path in shards if words[path] & set(SPLIT_WORDS[split])]
     names_split = any(words[path] & set(sum(SPLIT_WORDS.values(), ())) for path in shards)
-    return mine if names_split else shards  # shards that name no split are all of this one
+    return mine if names_split else shards  # if no name has a split, all belong to this one
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def index_shards(shards: list[Path], split: Split) -> ImageIndex:
     """Read the headers of all shards.
 
     Raises:
-        ValueError: A shard is damaged, empty, or holds what it may not, or an image has no class.
+        ValueError: A shard is damaged, empty or holds a forbidden member, or an image has no class.
     """
     root = shards[0].parent
     if len(shards) < PARALLEL_SHARDS:
@@ -112,7 +112,7 @@ def read_shard(path: Path) -> list[Member]:
     """Return the images of one shard, in its order.
 
     Raises:
-        ValueError: It is damaged, holds no images, or what it may not hold.
+        ValueError: It is damaged, or holds no images or a forbidden member.
     """
     images: list[tuple[str, tarfile.TarInfo]] = []
     labels: dict[str, str] = {}
@@ -138,12 +138,12 @@ def read_shard(path: Path) -> list[Member]:
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the plain files of a shard; refuse what may not be there."""
+    """Yield the plain files of a shard; refuse forbidden members."""
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for number, member in enumerate(tar, start=1):
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # TarFile would keep them all
                 _check_member(path, member, number=number, shard_bytes=size)
                 if member.isreg():
                     yield member

@@ -10,12 +10,10 @@ from PIL import Image, ImageFilter, ImageOps
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision import transforms
 
-from imagenet_dataset import train_loader
 from images import augment
 from images.augment import Normaliser, drawing_from, train_transform
-from images.image_reader import ImageReader
-from images.layouts import index_images
-from tests.support.pictures import folder_dataset
+from images.cache import index_images
+from tests.support.pictures import folder_dataset, train_batches
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CROP = {"scale": (0.2, 1.0), "ratio": (0.75, 1.33)}
@@ -178,9 +176,8 @@ def test_numpys_seed_is_as_different_as_the_others():
 
 
 def loaded(index, **changes):
-    values = {"batch_size": 3, "grad_accum_steps": 1, "start_step": 0, "num_steps": 2}
-    values |= {"rank": 0, "world": 1, "seed": 5, "num_workers": 0, "pin_memory": False}
-    batches = train_loader(ImageReader(index), transform=ours(**ALL_ON), **values | changes)
+    values = {"transform": ours(**ALL_ON), "batch_size": 3, "num_steps": 2} | changes
+    batches = train_batches(index, **values)
     return {
         int(position): image_CHW
         for batch in batches

@@ -17,20 +17,26 @@ import pytest
 import torch
 from PIL import Image
 
-from imagenet_dataset import train_loader, val_loader
-from images import decoding, feed, image_reader
+from imagenet_dataset import epoch_permutation
+from images import feed, reading
 from images import shards as tar_shards
 from images.augment import Normaliser, drawing_from, train_transform, val_transform
 from images.batches import NOT_COUNTED
-from images.decoding import UnreadableError, pick_decoder, read_header, rgb, rgb_of_box
+from images.cache import index_images
 from images.feed import Feed, Tolerance
-from images.image_order import epoch_permutation
-from images.image_reader import ImageReader, describe
-from images.layouts import index_images
+from images.reading import (
+    ImageReader,
+    UnreadableError,
+    describe,
+    pick_decoder,
+    read_header,
+    rgb,
+    rgb_of_box,
+)
 from parallel.seeds import stable_seed
 from tests.support.datasets import bomb, jpeg, png, put, sixteen_bit
-from tests.support.pictures import folder_dataset, write_image
-from training import prepare
+from tests.support.pictures import folder_dataset, train_batches, val_batches, write_image
+from training import loaders, prepare
 
 
 @pytest.fixture
@@ -41,7 +47,12 @@ def root(tmp_path):
 ROOT = Path(__file__).parents[1]
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 PLAIN = val_transform(
-    img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=ZERO, std=ONE, is_raw=True
+    img_size=(8, 8),
+    crop_ratio=1.0,
+    interpolation="bicubic",
+    mean=ZERO,
+    std=ONE,
+    skip_normalise=True,
 )
 
 
@@ -160,7 +171,7 @@ def test_auto_takes_pillow_where_nvimgcodec_does_not_load(monkeypatch):
     def fail(_process):
         raise AttributeError("module has no attribute NVIMGCODEC_DEVICE_CPU_ONLY")
 
-    monkeypatch.setattr(decoding, "_nvimgcodec", fail)
+    monkeypatch.setattr(reading, "_nvimgcodec", fail)
     name, why = pick_decoder("auto")
     assert name == "pillow"
     assert "NVIMGCODEC_DEVICE_CPU_ONLY" in why
@@ -210,7 +221,7 @@ def test_decoders_judge_damage_alike(options):
 
 ALONE = """
 import os, sys
-from decoding import read_header, rgb
+from images.reading import read_header, rgb
 before = dict(os.environ)
 print(rgb(read_header(open(sys.argv[1], "rb").read(), decoder="nvimgcodec")).shape)
 assert dict(os.environ) == before
@@ -257,7 +268,7 @@ def test_a_decoder_that_does_not_load_is_an_error_or_not_picked(monkeypatch, err
     def fail(_process):
         raise error
 
-    monkeypatch.setattr("images.decoding._nvimgcodec", fail)
+    monkeypatch.setattr("images.reading._nvimgcodec", fail)
     assert pick_decoder("auto") == ("pillow", f"auto: no nvimgcodec ({error})")
     assert pick_decoder("pillow") == ("pillow", "asked for")
     with pytest.raises(ValueError, match=rf"decoder=nvimgcodec: .* {error} \(pip install nvidia"):
@@ -267,12 +278,12 @@ def test_a_decoder_that_does_not_load_is_an_error_or_not_picked(monkeypatch, err
 def test_a_decoder_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(ImportError, match=r"nvidia.nvimgcodec is not installed"):
-        decoding.NvImageCodec()
+        reading.NvImageCodec()
 
 
 MEASURE = """
 import sys
-from decoding import UnreadableError, read_header, rgb
+from images.reading import UnreadableError, read_header, rgb
 try:
     rgb(read_header(open(sys.argv[1], "rb").read()))
 except UnreadableError as error:
@@ -301,14 +312,13 @@ def test_a_decompression_bomb_takes_less_than_200_mb(tmp_path, side):
     assert int(peak_kb) < 200_000
 
 
-def loaders(root, split, *, on_error="stop", max_bad=2, gather=None, **changes):
-    common = {"transform": PLAIN, "num_workers": 0, "pin_memory": False, "rank": 0, "world": 1}
-    reader = ImageReader(index_images(root, split))
+def feed_of(root, split, *, on_error="stop", max_bad=2, gather=None, **changes):
+    index = index_images(root, split)
     if split == "train":
-        common |= {"batch_size": 4, "grad_accum_steps": 1, "start_step": 0, "num_steps": 6}
-        loader = train_loader(reader, **{**common, "seed": 5, **changes})
+        values = {"transform": PLAIN, "batch_size": 4, "num_steps": 6}
+        loader = train_batches(index, **values | changes)
     else:
-        loader = val_loader(reader, **{**common, "batch_size": 2, **changes})
+        loader = val_batches(index, **{"transform": PLAIN, "batch_size": 2} | changes)
     return Feed(
         loader,
         split=split,
@@ -316,6 +326,14 @@ def loaders(root, split, *, on_error="stop", max_bad=2, gather=None, **changes):
         normaliser=Normaliser(ZERO, ONE),
         tolerance=Tolerance(max_bad if on_error == "skip" else None, gather=gather),
     )
+
+
+def drain(batches):
+    """All batches; workers end here, since garbage collection waits for them for five seconds."""
+    try:
+        return list(batches)
+    finally:
+        batches.loader._iterator and batches.loader._iterator._shutdown_workers()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -329,7 +347,7 @@ def test_a_bad_image_stops_the_run_with_its_split_class_number_and_file(
     wnid, name = index.paths[5].split("/")
     says = rf"^data {split}/{wnid} index 5: {name} .*({reason}).* \({len(content):,} bytes\)$"
     with pytest.raises(ValueError, match=says) as caught:
-        list(loaders(root, split, num_workers=num_workers))
+        drain(feed_of(root, split, num_workers=num_workers))
     assert "\n" not in str(caught.value)
 
 
@@ -362,9 +380,9 @@ def same(batches, others):
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_a_skipped_image_is_replaced_alike_by_any_workers(root, num_workers, capfd):
     put(root, "train", 5, b"")
-    first = list(loaders(root, "train", on_error="skip"))
+    first = list(feed_of(root, "train", on_error="skip"))
     capfd.readouterr()
-    same(first, loaders(root, "train", on_error="skip", num_workers=num_workers))
+    same(first, feed_of(root, "train", on_error="skip", num_workers=num_workers))
     assert capfd.readouterr().err == (
         "data train/n02 index 5: 3.JPEG empty (0 bytes); skipped 1 of at most 2\n"
     ), "named once, though met twice"
@@ -410,7 +428,7 @@ def test_what_replaces_a_bad_image_follows_from_the_position_alone(
     options |= {"num_workers": num_workers, "batch_size": 4 // world, "world": world}
     met = set()
     for rank in range(world):
-        for batch in loaders(root, "train", rank=rank, **options):
+        for batch in feed_of(root, "train", rank=rank, **options):
             positions = batch.position_B.tolist()
             found = zip(batch.image_BCHW, batch.label_B.tolist(), strict=True)
             rows = [(image_CHW.numpy().tobytes(), label) for image_CHW, label in found]
@@ -422,9 +440,9 @@ def test_what_replaces_a_bad_image_follows_from_the_position_alone(
 
 
 def test_a_skipped_image_is_never_seen_and_the_others_are_as_without_it(root):
-    whole = list(loaders(root, "train"))
+    whole = list(feed_of(root, "train"))
     index = put(root, "train", 5, b"")
-    skipped = list(loaders(root, "train", on_error="skip"))
+    skipped = list(feed_of(root, "train", on_error="skip"))
     changed = sum(
         not torch.equal(a, b)
         for one, other in zip(whole, skipped, strict=True)
@@ -436,7 +454,7 @@ def test_a_skipped_image_is_never_seen_and_the_others_are_as_without_it(root):
 
 def test_a_skipped_validation_image_is_not_counted(root, capfd):
     index = put(root, "val", 5, b"")
-    batches = list(loaders(root, "val", on_error="skip"))
+    batches = list(feed_of(root, "val", on_error="skip"))
     labels = torch.cat([batch.label_B for batch in batches])[:7].tolist()
     assert labels[5] == NOT_COUNTED
     assert [label for place, label in enumerate(labels) if place != 5] == [
@@ -449,15 +467,15 @@ def test_more_bad_images_than_allowed_stop_the_run(root):
     for image in (1, 4, 9):
         put(root, "train", image, b"")
     with pytest.raises(ValueError, match=r"config dataset\.max_bad=2: 3 images cannot be used"):
-        list(loaders(root, "train", on_error="skip", max_bad=2))
-    list(loaders(root, "train", on_error="skip", max_bad=3))
+        list(feed_of(root, "train", on_error="skip", max_bad=2))
+    list(feed_of(root, "train", on_error="skip", max_bad=3))
 
 
 def test_a_dataset_of_bad_images_only_ends(root):
     for image in range(11):
         put(root, "train", image, b"")
     with pytest.raises(ValueError, match=r"data train/n0\d index \d+: .*empty"):
-        list(loaders(root, "train", on_error="skip", max_bad=100))
+        list(feed_of(root, "train", on_error="skip", max_bad=100))
 
 
 def count_bad(world, config):
@@ -501,7 +519,7 @@ def test_a_killed_worker_stops_the_run_and_is_named(root):
     started = time.monotonic()
     says = r"^data val: DataLoader worker \(pid(\(s\))? \d+.*\) (is killed|exited).* 0 to 1\)$"
     with pytest.raises(ChildProcessError, match=says):
-        list(loaders(root, "val", transform=kill_oneself, num_workers=2, timeout_s=30.0))
+        list(feed_of(root, "val", transform=kill_oneself, num_workers=2, timeout_s=30.0))
     assert time.monotonic() - started < 20
 
 
@@ -509,12 +527,12 @@ def test_a_stuck_worker_stops_the_run_within_the_timeout_and_is_named(root):
     started = time.monotonic()
     says = r"data val: no batch within dataset\.timeout_s=1 from worker 0 of 1, .* 0 to 1"
     with pytest.raises(TimeoutError, match=says):
-        list(loaders(root, "val", transform=sleep_forever, num_workers=1, timeout_s=1.0))
+        list(feed_of(root, "val", transform=sleep_forever, num_workers=1, timeout_s=1.0))
     assert time.monotonic() - started < 20
 
 
 def test_a_worker_that_dies_while_no_batch_is_waited_for_is_one_line(root):
-    batches = iter(loaders(root, "val", num_workers=1, transform=sleep_forever).loader)
+    batches = iter(feed_of(root, "val", num_workers=1, transform=sleep_forever).loader)
     with pytest.raises(ChildProcessError, match=r"^data: DataLoader worker \(pid \d+\) is killed"):
         with feed.worker_losses():
             os.kill(batches._workers[0].pid, signal.SIGKILL)
@@ -525,7 +543,7 @@ def test_a_worker_that_dies_while_no_batch_is_waited_for_is_one_line(root):
 
 def test_an_error_in_a_worker_reaches_the_main_process(root):
     with pytest.raises(MemoryError, match="no memory for an image"):
-        list(loaders(root, "val", transform=raise_an_error, num_workers=1))
+        drain(feed_of(root, "val", transform=raise_an_error, num_workers=1))
 
 
 def fail_reads(monkeypatch, number, times):
@@ -548,7 +566,7 @@ def test_a_file_system_that_recovers_is_waited_for(root, monkeypatch, number):
     index = index_images(root, "val")
     waits = fail_reads(monkeypatch, number, times=2)
     assert ImageReader(index)(0).width == 8
-    assert waits == list(image_reader.RETRY_AFTER_S)
+    assert waits == list(reading.RETRY_AFTER_S)
 
 
 @pytest.mark.parametrize(

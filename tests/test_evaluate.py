@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import evaluate
 import export
 import train
-from images.image_reader import decode_rgb
+from images.reading import decode_rgb
 from options import compose
 from options.schema import CheckpointOptions, MoEOptions
 from training import loaders, network

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import checkpoint
 import train
-from images.image_reader import ImageReader
+from images.reading import ImageReader
 from training import scoring, stopping
 from weights import background, dcp_writer, verify
 from weights.sources import Choice, read_source

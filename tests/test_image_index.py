@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-from images import archives
-from images.archives import unpack_archive
+from images import roots
+from images.cache import index_images
 from images.index import check_same_classes
-from images.layouts import index_images
+from images.roots import unpack_archive
 from tests.support.pictures import folder_dataset, tiny_dataset, write_image
 
 
@@ -58,7 +59,7 @@ def test_images_in_folders_inside_a_class_are_its_images_as_in_torchvision(root)
 
 def test_a_folder_that_links_back_is_an_error(root):
     (root / "train" / "n02" / "loop").symlink_to(root / "train" / "n02")
-    with pytest.raises(ValueError, match=r"n02/loop: links back to .*n02, which it is in"):
+    with pytest.raises(ValueError, match=r"n02/loop: links back to .*n02, which contains it"):
         index_images(root, "train")
 
 
@@ -194,14 +195,14 @@ def test_unpack_leaves_an_existing_folder_or_a_missing_archive_alone(tmp_path):
 
 def test_unpack_accepts_that_another_process_was_first(tmp_path, monkeypatch):
     archive_of(tmp_path / "set.tar.gz", GOOD)
-    extract = archives._extract
+    extract = roots._extract
 
     def extract_slowly(*args, **kwargs):
         extract(*args, **kwargs)
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "theirs").touch()
 
-    monkeypatch.setattr(archives, "_extract", extract_slowly)
+    monkeypatch.setattr(roots, "_extract", extract_slowly)
     assert not unpack_archive(tmp_path / "set")
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["theirs"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "set.tar.gz"]
@@ -237,8 +238,8 @@ def test_unpack_refuses_hostile_members_and_writes_nothing(tmp_path, kind):
 
 
 def test_unpack_refuses_too_many_members(tmp_path, monkeypatch):
-    assert archives.MAX_MEMBERS == 100_000
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
+    assert roots.MAX_MEMBERS == 100_000
+    monkeypatch.setattr(roots, "MAX_MEMBERS", 3)
     archive_of(tmp_path / "set.tar.gz", [*GOOD, ("set/fourth", None, {})])
     with pytest.raises(ValueError, match=r"member 'set/fourth' exceeds 3 members"):
         unpack_archive(tmp_path / "set")
@@ -272,7 +273,7 @@ def test_an_archive_that_changed_since_it_was_unpacked_is_noticed(tmp_path):
     assert unpack_archive(tmp_path / "set")
     assert not unpack_archive(tmp_path / "set"), "the same one is fine"
     archive_of(tmp_path / "set.tar.gz", [*GOOD, ("set/new.txt", b"new", {})])
-    with pytest.raises(ValueError, match=r"set is of another one; delete that folder"):
+    with pytest.raises(ValueError, match=r"set was unpacked from another one; delete that folder"):
         unpack_archive(tmp_path / "set")
 
 
@@ -280,3 +281,18 @@ def test_a_folder_that_was_not_unpacked_is_used_as_it_is(tmp_path):
     archive_of(tmp_path / "set.tar.gz", GOOD)
     (tmp_path / "set").mkdir()
     assert not unpack_archive(tmp_path / "set")
+
+
+def test_another_archive_by_a_published_name_is_refused(tmp_path):
+    archive_of(tmp_path / "tiny-imagenet-5.tar.gz", [("tiny-imagenet-5/a", b"x", {})])
+    says = r"-5\.tar\.gz: is not the published one, fetch it again \(its SHA-256 is \w{64}\)$"
+    with pytest.raises(ValueError, match=says):
+        unpack_archive(tmp_path / "tiny-imagenet-5")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny-imagenet-5.tar.gz"]
+
+
+def test_unpacked_files_take_over_neither_owner_nor_mode(tmp_path):
+    archive_of(tmp_path / "set.tar.gz", [*GOOD, ("set/d", b"x", {"mode": 0o777, "uid": 12345})])
+    assert unpack_archive(tmp_path / "set")
+    stat = (tmp_path / "set" / "d").stat()
+    assert stat.st_uid == os.getuid() and not stat.st_mode & 0o022

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,27 @@ from timm.data import create_transform
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from imagenet_dataset import TrainImages, train_loader, val_loader
-from images.augment import SPARE, Normaliser, ReusedMemory, train_transform, val_transform
+from imagenet_dataset import (
+    Order,
+    TrainImages,
+    epoch_permutation,
+    step_positions,
+)
+from images.augment import (
+    SPARE,
+    Normaliser,
+    RandomResizedCrop,
+    ReusedMemory,
+    resize,
+    train_transform,
+    val_transform,
+)
 from images.batches import NOT_COUNTED, BatchMemory, Collate
-from images.cropping import RandomResizedCrop, resize
-from images.decoding import read_header, rgb
+from images.cache import index_images
 from images.feed import Feed, Tolerance
-from images.image_order import Order, epoch_permutation, step_positions
-from images.image_reader import ImageReader, decode_rgb
-from images.layouts import index_images
 from images.mixing import Eraser
+from images.reading import ImageReader, decode_rgb, read_header, rgb
+from tests.support import pictures
 from tests.support.pictures import folder_dataset, write_image
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -38,7 +50,12 @@ OPTIONS = {
 }
 AUGMENT = train_transform(**OPTIONS)
 PLAIN = val_transform(
-    img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=MEAN, std=STD, is_raw=True
+    img_size=(8, 8),
+    crop_ratio=1.0,
+    interpolation="bicubic",
+    mean=MEAN,
+    std=STD,
+    skip_normalise=True,
 )
 
 
@@ -48,25 +65,12 @@ def root(tmp_path):
 
 
 def train_batches(index, **changes):
-    values = {
-        "transform": AUGMENT,
-        "batch_size": 3,
-        "grad_accum_steps": 2,
-        "start_step": 0,
-        "num_steps": 4,
-        "rank": 0,
-        "world": 1,
-        "seed": 5,
-        "num_workers": 0,
-        "pin_memory": False,
-    }
-    return train_loader(ImageReader(index), **{**values, **changes})
+    values = {"transform": AUGMENT, "batch_size": 3, "grad_accum_steps": 2, "num_steps": 4}
+    return pictures.train_batches(index, **values | changes)
 
 
 def val_batches(index, **changes):
-    values = {"transform": PLAIN, "batch_size": 2, "rank": 0, "world": 1}
-    values |= {"num_workers": 0, "pin_memory": False}
-    return val_loader(ImageReader(index), **{**values, **changes})
+    return pictures.val_batches(index, **{"transform": PLAIN, "batch_size": 2} | changes)
 
 
 def feed(loader, **changes):
@@ -163,7 +167,7 @@ def test_workers_world_and_resuming_change_no_bit(root, world, num_workers):
                 rank=rank,
                 start_step=start_step,
                 num_workers=num_workers if rank == 0 else 0,
-                is_reused=True,
+                reuses_memory=True,
             )
             parts.append(list(erased(loader)))
         for number, batch in enumerate(single[2 * start_step :]):
@@ -197,7 +201,7 @@ def test_reused_memory_is_not_written_before_it_is_copied(root):
     changes = {"num_steps": 20, "num_workers": 2}
     fresh = list(feed(train_batches(index, **changes)))
     slow = []
-    for batch in feed(train_batches(index, **changes, is_reused=True)):
+    for batch in feed(train_batches(index, **changes, reuses_memory=True)):
         time.sleep(0.01)  # the workers fill all that they may
         slow.append(batch)
     assert_same(fresh, slow)
@@ -205,7 +209,7 @@ def test_reused_memory_is_not_written_before_it_is_copied(root):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_lie_in_the_memory_made_for_them(root, num_workers):
-    changes = {"num_steps": 20, "num_workers": num_workers, "is_reused": True}
+    changes = {"num_steps": 20, "num_workers": num_workers, "reuses_memory": True}
     loader = train_batches(index_images(root, "train"), **changes)
     memory = loader.collate_fn.memory
     found = {batch.image_BCHW.data_ptr() for batch in loader}
@@ -220,7 +224,7 @@ def test_images_larger_than_the_memory_made_for_them_take_other(root):
     larger = train_transform(**OPTIONS | {"img_size": (9, 9)})
     wanted = list(train_batches(index, transform=larger))
     for num_workers in (0, 1):
-        loader = train_batches(index, transform=larger, num_workers=num_workers, is_reused=True)
+        loader = train_batches(index, transform=larger, num_workers=num_workers, reuses_memory=True)
         memory = BatchMemory(10, workers=num_workers)
         object.__setattr__(loader, "collate_fn", Collate(memory))
         assert_same(wanted, loader)
@@ -232,11 +236,11 @@ def test_too_little_shared_memory_is_an_error_with_its_option(root, monkeypatch)
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", fail)
     index = index_images(root, "train")
-    train_batches(index, num_workers=0, is_reused=True)
+    train_batches(index, num_workers=0, reuses_memory=True)
     with pytest.raises(
         OSError, match=r"dataset.num_workers=3: 0.00 GiB .* \(docker run --shm-size"
     ):
-        train_batches(index, num_workers=3, is_reused=True)
+        train_batches(index, num_workers=3, reuses_memory=True)
 
 
 def test_train_loader_counts_microbatches_and_types(root):
@@ -315,26 +319,32 @@ def test_workers_use_one_thread_and_leave_the_process_group(root):
 
 SPAWNED = """
 import multiprocessing, sys
-import test_imagenet_dataset as t
+from itertools import chain
+class Both:
+    def __init__(self, parts):
+        self.parts, self.transform = parts, parts[0].transform
+    def __getitems__(self, positions):
+        made = [part.__getitems__(positions) for part in self.parts]
+        return sum(count for count, _ in made), chain(*(samples for _, samples in made))
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
+    import test_imagenet_dataset as t
+    from imagenet_dataset import LoaderOptions, train_loader
     raw = t.train_transform(**t.OPTIONS | {"color_jitter": 0})
-    index = t.index_images(t.Path(sys.argv[1]), "train")
-    for transform in (raw, t.AUGMENT):
-        images = [
-            t.torch.cat([
-                batch.image_BCHW for batch in
-                t.train_batches(index, transform=transform, num_workers=count, num_steps=12)
-            ])
-            for count in (0, 2)
-        ]
-        assert t.torch.equal(*images)
+    reader = t.ImageReader(t.index_images(t.Path(sys.argv[1]), "train"))
+    both = Both([t.TrainImages(reader, transform=how, seed=5) for how in (raw, t.AUGMENT)])
+    options = [LoaderOptions(batch_size=3, num_workers=count) for count in (0, 2)]
+    loaders = [train_loader(both, range(24), options=one) for one in options]
+    t.assert_same(*loaders)
 """
 
 
 @pytest.mark.slow
 def test_spawned_workers_change_no_bit(root, tmp_path):
-    """Plain pickling is no test of it: a process's pickler shares tensors, drawn into or not."""
+    """Plain pickling does not test it: a process's pickler shares tensors, drawn into or not.
+
+    One pair of workers makes batches with two transforms, since starting them is what takes time.
+    """
     (tmp_path / "spawned.py").write_text(SPAWNED)
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
@@ -455,7 +465,7 @@ def test_raw_crops_and_flips_are_torchvisions(tmp_path):
             torch.manual_seed(seed)
             found_CHW = ours(source)
             before = torch.get_rng_state()
-            assert torch.equal(ours.drawn(source, seed=seed)(), found_CHW)
+            assert torch.equal(ours.draw_from(seed, source)(), found_CHW)
             assert torch.equal(torch.get_rng_state(), before)
             assert np.abs(found_CHW.permute(1, 2, 0).numpy() - wanted_HWC).max() <= 1
 
@@ -511,3 +521,10 @@ def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.png")
     pixels = np.array(decode_rgb(tmp_path / "a.png"))
     assert pixels[0, :, 0].tolist() == pixels[0, :, 2].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_a_pickled_crop_shares_no_memory_with_this_process():
+    """What a spawned worker gets: with shared memory, two processes would draw into one place."""
+    crop = train_transform(**OPTIONS | {"color_jitter": 0}).crop
+    ForkingPickler.dumps(crop)
+    assert not crop._real.is_shared() and not crop._whole.is_shared()

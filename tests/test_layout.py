@@ -37,10 +37,11 @@ SEAMS = {
     "omegaconf": ("options/compose.py",),
     "wandb": ("training/logbook.py",),
     "pyarrow": ("images/arrow.py",),
-    "nvidia": ("images/decoding.py",),
+    "nvidia": ("images/reading.py",),
+    "scipy": ("images/folders.py",),
 }
 # The last sets what a library reads.
-READS_ENVIRONMENT = ("parallel/distributed.py", "parallel/launch.py", "images/decoding.py")
+READS_ENVIRONMENT = ("parallel/distributed.py", "parallel/launch.py", "images/reading.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES = 450, 60, 14
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))

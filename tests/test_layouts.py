@@ -9,13 +9,12 @@ import tarfile
 import numpy as np
 import pytest
 
-from imagenet_dataset import val_loader
 from images import cache as index_cache
-from images import layouts, path_env, shared_index
+from images import roots
 from images.augment import val_transform
-from images.image_reader import ImageReader
+from images.cache import index_images
 from images.index import Names, check_count, digest, select
-from images.layouts import index_images
+from images.reading import ImageReader
 from options import compose
 from tests.support.datasets import (
     LAYOUTS,
@@ -26,7 +25,7 @@ from tests.support.datasets import (
     images_of,
     in_solution,
 )
-from tests.support.pictures import folder_dataset
+from tests.support.pictures import folder_dataset, val_batches
 from training import loaders
 
 
@@ -62,15 +61,8 @@ def as_pixels(root, split):
     transform = val_transform(
         img_size=(8, 8), crop_ratio=1.0, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1)
     )
-    loader = val_loader(
-        ImageReader(index_images(root, split)),
-        transform=transform,
-        batch_size=4,
-        rank=0,
-        world=1,
-        num_workers=1,
-        pin_memory=False,
-    )
+    index = index_images(root, split)
+    loader = val_batches(index, transform=transform, batch_size=4, num_workers=1)
     return sorted(
         (image_CHW.numpy().tobytes(), int(label))
         for batch in loader
@@ -104,15 +96,15 @@ def count_lines(file):
 
 
 def build_at_the_same_time(world, root, log):
-    make = layouts.index_images
+    make = index_cache.index_images
 
     def noted(*args):
         with log.open("a") as lines:
             lines.write(f"{world.rank}\n")
         return make(*args)
 
-    layouts.index_images = noted
-    return digest(shared_index.find_index(root, "train", world, folder=None))
+    index_cache.index_images = noted
+    return digest(index_cache.find_index(root, "train", world, folder=None))
 
 
 def test_four_ranks_that_start_together_make_the_index_once(ranks, root, tmp_path):
@@ -128,7 +120,7 @@ def test_four_ranks_that_start_together_make_the_index_once(ranks, root, tmp_pat
 def test_an_error_of_rank_0_stops_every_rank(ranks, tmp_path):
     def fails(world, root):
         with pytest.raises(FileNotFoundError, match="no folder"):
-            shared_index.find_index(root, "train", world, folder=None)
+            index_cache.find_index(root, "train", world, folder=None)
         return True
 
     assert all(ranks(2, fails, tmp_path / "nowhere"))
@@ -170,7 +162,7 @@ def test_a_changed_dataset_is_indexed_anew(root, change):
     assert second.is_new
     assert second.identity != first.identity
     assert index_cache.load(second) == index_images(root, "train")
-    with pytest.raises(ValueError, match="is not what was written"):
+    with pytest.raises(ValueError, match="has changed since it was written"):
         index_cache.load(first)
 
 
@@ -212,7 +204,7 @@ def test_a_read_only_dataset_has_its_index_at_home(root, monkeypatch, tmp_path):
 
 def test_an_index_that_can_be_written_nowhere_is_an_error(root, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"dataset\.index_folder=.*written nowhere"):
+    with pytest.raises(ValueError, match=r"dataset\.index_folder=.*cannot be written anywhere"):
         index_cache.refresh(root, "train", folder=tmp_path / "file" / "folder")
 
 
@@ -299,6 +291,6 @@ def test_a_wrong_path_env_is_named_and_its_secrets_are_not(tmp_path, content):
     file = tmp_path / "path_env.yml"
     file.write_text(content)
     with pytest.raises(ValueError, match=PROBLEMS[content]) as caught:
-        path_env.read_root(file, "mine")
+        roots.read_root(file, "mine")
     assert "hf_secret" not in str(caught.value)
     assert caught.value.__cause__ is None or "hf_secret" not in str(caught.value.__cause__)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images.decoding import UnreadableError, read_header, rgb
-from images.image_reader import ImageReader
-from images.layouts import index_images
+from images.cache import index_images
+from images.reading import ImageReader, UnreadableError, read_header, rgb
 from tests.support.datasets import ROOT, bomb, jpeg, pack, png, sixteen_bit
 from tests.support.pictures import folder_dataset, write_image
 

@@ -12,13 +12,12 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.scheduler import CosineLRScheduler
 
 import train
-from imagenet_dataset import TrainImages, train_loader
+from imagenet_dataset import Order, TrainImages, step_positions
 from images import augment
-from images.image_order import Order, step_positions
-from images.image_reader import ImageReader
-from images.layouts import index_images
+from images.cache import index_images
+from images.reading import ImageReader
 from options import checks, compose
-from tests.support.pictures import folder_dataset
+from tests.support.pictures import folder_dataset, train_batches
 from training import loaders, losses, optim, prepare
 from weights.sources import Choice, read_source
 
@@ -610,8 +609,8 @@ def test_repeats_resume_from_a_step_alone(many):
     def batches(start_step, *, world=1, rank=0):
         order = Order(260, repeats=3, batch=16, step_images=64)
         accum = 4 // world
-        loader = train_loader(
-            ImageReader(many),
+        loader = train_batches(
+            many,
             transform=TRANSFORM,
             order=order,
             batch_size=16,
@@ -621,8 +620,6 @@ def test_repeats_resume_from_a_step_alone(many):
             rank=rank,
             world=world,
             seed=1,
-            num_workers=0,
-            pin_memory=False,
         )
         return list(loader)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import train
-from images.image_order import epoch_permutation, step_positions
+from imagenet_dataset import epoch_permutation, step_positions
+from images.cache import index_images
 from images.index import select
-from images.layouts import index_images
 from options import compose, schema
 from parallel.distributed import World
 from tests.support.datasets import put

@@ -6,6 +6,8 @@ import itertools
 import math
 import os
 import shutil
+import struct
+import sys
 import tarfile
 from array import array
 
@@ -13,10 +15,10 @@ import pytest
 
 import evaluate
 from images import cache as index_cache
-from images import duplicates, shared_index
+from images import duplicates
+from images.cache import index_images
 from images.duplicates import UNKNOWN, UNREADABLE, find_twins, fingerprints
 from images.index import check_every_class, check_separate, select
-from images.layouts import index_images
 from tests.support.datasets import (
     LAYOUTS,
     VAL_NAME,
@@ -24,9 +26,11 @@ from tests.support.datasets import (
     add,
     as_cls_loc,
     devkit_numbers,
+    element,
     in_ground_truth,
     in_solution,
     in_xml,
+    matrix,
 )
 from tests.support.pictures import folder_dataset, write_image
 from training import loaders
@@ -194,13 +198,13 @@ def test_an_interruption_loses_fingerprints_and_not_the_index(root, monkeypatch)
 def test_finding_images_takes_its_time_from_that_for_fingerprints(root, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(duplicates.time, "monotonic", lambda: now[0])
-    real = index_cache.layouts.index_images
+    real = index_cache.index_images
 
     def slow(*where):
         now[0] += 61
         return real(*where)
 
-    monkeypatch.setattr(index_cache.layouts, "index_images", slow)
+    monkeypatch.setattr(index_cache, "index_images", slow)
     first = index_cache.load(index_cache.refresh(root, "train", prints_s=60))
     assert duplicates.num_unknown(first) == 11
     second = index_cache.load(index_cache.refresh(root, "train", prints_s=60))
@@ -237,9 +241,9 @@ def test_an_index_is_used_without_fingerprints_where_none_can_be_kept(root, monk
     monkeypatch.setattr(duplicates, "fingerprints", None)  # the time would be lost
     kept = index_cache.refresh(root, "train", prints_s=60)
     assert kept == plain._replace(is_new=False)
-    lines = shared_index._copies(index_cache.load(kept), val)
+    lines = duplicates._report(index_cache.load(kept), val)
     assert lines[0].startswith("1 of 7 val images are copies of others"), "of the split that has"
-    assert lines[1].startswith("11 images are not yet compared")
+    assert lines[1].startswith("11 images have not been compared yet")
 
 
 def test_jobs_with_different_fingerprints_use_each_others_index(root):
@@ -305,8 +309,10 @@ def test_images_not_yet_compared_stop_a_run_that_asks_for_it(ranks, root):
     )
 
     def check(world):
-        with pytest.raises(ValueError, match=r"=stop: 18 images are not yet compared: the next st"):
-            shared_index.check_splits(train, val, world, copies="stop")
+        with pytest.raises(
+            ValueError, match=r"=stop: 18 images have not been compared yet: the nex"
+        ):
+            duplicates.check_copies(train, val, world, duplicates="stop")
         return True
 
     assert ranks(1, check) == [True]
@@ -392,6 +398,50 @@ def test_files_that_agree_are_fine_and_each_is_watched(root, tmp_path, pair):
         assert index_cache.refresh(data, "val").is_new, file
 
 
+def nested(depth):
+    """A meta.mat of cells inside cells, whose declared sizes go beyond the file."""
+    one = struct.pack("<II", 14, 1 << 30) + matrix(1, (1, 1))[8:]
+    whole = struct.pack("<II", 14, 1 << 30) + matrix(1, (1, 1), name=b"synsets")[8:] + one * depth
+    return META_HEADER + whole
+
+
+META_HEADER = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+METAS = {
+    "empty": b"",
+    "text": b"<html>not found</html>" * 40,
+    "header alone": META_HEADER,
+    "no synsets": META_HEADER + matrix(6, (1, 1), element(9, bytes(8)), name=b"other"),
+    "a number": META_HEADER + matrix(6, (1, 1), element(9, bytes(8)), name=b"synsets"),
+    "huge": META_HEADER + matrix(2, (1 << 30, 1 << 30), element(5, bytes(4)), name=b"synsets"),
+    "newer": b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(64),
+    "too deep": nested(50_000),
+    "too large": META_HEADER + bytes(4 << 20),
+}
+
+
+@pytest.mark.parametrize("kind", [*METAS, "cut", "flipped"])
+def test_a_damaged_or_hostile_meta_mat_is_one_line(root, tmp_path, kind):
+    data = as_cls_loc(root, tmp_path / "out", labels=devkit_numbers)
+    file = data / "ILSVRC" / "meta.mat"
+    good = file.read_bytes()
+    flipped = good[:160] + bytes([good[160] ^ 255]) + good[161:]
+    file.write_bytes({**METAS, "cut": good[:200], "flipped": flipped}[kind])
+    with pytest.raises(
+        ValueError, match=r"meta\.mat: is not the meta\.mat of ILSVRC's dev"
+    ) as caught:
+        index_images(data, "val")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_meta_mat_without_scipy_says_what_to_install(root, tmp_path, monkeypatch):
+    data = as_cls_loc(root, tmp_path / "out", labels=devkit_numbers)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(
+        ValueError, match=r"meta\.mat: reading .* needs scipy \(pip install scipy\)$"
+    ):
+        index_images(data, "val")
+
+
 def test_a_second_list_of_other_images_says_nothing(root, tmp_path):
     """A part of the images, with the list of all of them still there."""
     data = as_cls_loc(root, tmp_path / "out", labels=in_xml)
@@ -406,7 +456,7 @@ def test_xml_of_another_image_is_refused(root, tmp_path):
         file = folder / f"{VAL_NAME.format(number)}.xml"
         named = VAL_NAME.format(number % 7 + 1)
         file.write_text(file.read_text().replace("<filename>x<", f"<filename>{named}<"))
-    with pytest.raises(ValueError, match=r"0001: .*0001\.xml is that of ILSVRC2012_val_00000002"):
+    with pytest.raises(ValueError, match=r"0001: .*0001\.xml belongs to ILSVRC2012_val_00000002"):
         index_images(data, "val")
 
 
@@ -414,7 +464,9 @@ def test_numbered_images_that_are_not_at_their_lines_are_refused(root, tmp_path)
     data = as_cls_loc(root, tmp_path / "out", labels=in_ground_truth)
     folder = data / "ILSVRC" / "Data" / "CLS-LOC" / "val"
     (folder / f"{VAL_NAME.format(3)}.JPEG").rename(folder / f"{VAL_NAME.format(9)}.JPEG")
-    with pytest.raises(ValueError, match=r"val_00000004 is number 3 of those there, so .* not the"):
+    with pytest.raises(
+        ValueError, match=r"val_00000004 is number 3 in the folder, so .* not belong"
+    ):
         index_images(data, "val")
 
 

@@ -1,4 +1,4 @@
-"""From options to batches: which images, in which order, made into what, fed to the device.
+"""From options to batches: find the images, order them, transform them, feed them to the device.
 
 Config -> find_images -> ImageIndex -> train_batches | val_batches -> Batch on the device
 """
@@ -11,12 +11,14 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 import imagenet_dataset
-from images import augment, batches, decoding, path_env, shared_index
+from imagenet_dataset import LoaderOptions, TrainImages, ValImages
+from images import augment, cache, duplicates, reading, roots
 from images import index as image_index
 from images.augment import Normaliser, Transform
-from images.feed import Feed
-from images.image_reader import ImageReader
+from images.batches import Batch
+from images.feed import Feed, Tolerance
 from images.index import ImageIndex, Split
+from images.reading import ImageReader
 from options.schema import Config, height_width
 from parallel import collectives
 from parallel.distributed import World
@@ -28,15 +30,17 @@ def data_root(config: Config) -> Path:
     data = config.dataset
     if data.path_env is None:
         return Path(data.train.root).expanduser()
-    return path_env.read_root(Path(data.path_env).expanduser(), data.name)
+    return roots.read_root(Path(data.path_env).expanduser(), data.name)
 
 
 def _find_index(config: Config, root: Path, split: Split, world: World) -> ImageIndex:
     data = config.dataset
-    shared_index.unpack_once(root, world)
+    roots.unpack_once(root, world)
     folder = Path(data.index_folder).expanduser() if data.index_folder else None
+    # The other ranks wait in a collective while rank 0 takes fingerprints: stop well before it
+    # times out.
     prints_s = 0 if data.duplicates == "ignore" else config.distributed.timeout_s / 2
-    index = shared_index.find_index(root, split, world, folder=folder, prints_s=prints_s)
+    index = cache.find_index(root, split, world, folder=folder, prints_s=prints_s)
     share = data.subset if split == "train" else 1.0
     return image_index.select(index, class_filter=data.class_filter, share=share)
 
@@ -45,7 +49,8 @@ def find_val_images(config: Config, world: World) -> ImageIndex:
     """Index the validation images; unpack a bundled archive on first use. Collective.
 
     Raises:
-        ValueError: They have not as many classes as the model, or are not as many as they must be.
+        ValueError: They do not have as many classes as the model, or are not as many as the
+            options say.
     """
     val_root = config.dataset.val.root
     root = Path(val_root).expanduser() if val_root else data_root(config)
@@ -64,13 +69,15 @@ def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     train_index = _find_index(config, data_root(config), "train", world)
     image_index.check_count(train_index, config.dataset.train.images)
     val_index = find_val_images(config, world)
-    shared_index.check_splits(train_index, val_index, world, copies=config.dataset.duplicates)
+    image_index.check_splits(train_index, val_index)
+    if config.dataset.duplicates != "ignore":
+        duplicates.check_copies(train_index, val_index, world, duplicates=config.dataset.duplicates)
     collectives.require_equal("dataset", image_index.digest(train_index))
     return train_index, val_index
 
 
 def train_transform(config: Config) -> Transform:
-    """Return what turns an image into uint8 of the network's size, by chance."""
+    """Return what turns an image into uint8 of the network's size, at random."""
     data, train = config.dataset, config.dataset.train
     return augment.train_transform(
         img_size=config.model.vit.img_hw,
@@ -85,50 +92,29 @@ def train_transform(config: Config) -> Transform:
     )
 
 
-def train_batches(run: Run, *, start_step: int) -> Iterator[batches.Batch]:
+def train_batches(run: Run, *, start_step: int) -> Iterator[Batch]:
     """Yield this rank's microbatches from update `start_step` to the end of the run."""
-    data, train = run.config.dataset, run.config.dataset.train
-    loader = imagenet_dataset.train_loader(
-        _reader(run.config, run.train_index, is_scaled=train.scaled_decode),
-        transform=train_transform(run.config),
-        timeout_s=data.timeout_s,
-        is_reused=True,  # normalising copies
+    config, train = run.config, run.config.dataset.train
+    images = TrainImages(
+        _reader(config, run.train_index, is_scaled=train.scaled_decode),
+        transform=train_transform(config),
         order=run.order,
-        batch_size=train.batch_size,
-        grad_accum_steps=run.config.training.grad_accum_steps,
-        start_step=start_step,
-        num_steps=run.config.training.steps,
-        rank=run.world.rank,
-        world=run.world.size,
-        seed=run.config.training.seed,
-        num_workers=data.num_workers,
-        pin_memory=run.world.device.type == "cuda",
+        seed=config.training.seed,
     )
-    yield from _feed(run.config, loader, "train", run.world, run.bad_images)
-
-
-def _reader(config: Config, index: ImageIndex, *, is_scaled: bool = False) -> ImageReader:
-    decoder, _ = decoding.pick_decoder(config.dataset.decoder)
-    return ImageReader(index, decoder=decoder, is_scaled=is_scaled)
-
-
-def _feed(config: Config, loader: DataLoader, split: Split, world: World, bad: set[int]) -> Feed:
-    data = config.dataset
-    at_most = data.max_bad if data.on_error == "skip" else None
-    return Feed(
-        loader,
-        split=split,
-        device=world.device,
-        normaliser=Normaliser(data.mean, data.std),
-        tolerance=shared_index.make_tolerance(at_most, world, seen=bad),
+    loader = imagenet_dataset.train_loader(
+        images,
+        range(start_step, config.training.steps),
+        grad_accum_steps=config.training.grad_accum_steps,
+        options=_loader_options(config, run.world, train.batch_size),
     )
+    yield from _feed(config, loader, "train", run.world, run.bad_images)
 
 
-def val_transform(config: Config, *, is_raw: bool = False) -> Transform:
-    """Return what turns an image into the network's input, or into uint8, without chance."""
+def val_transform(config: Config, *, skip_normalise: bool = False) -> Transform:
+    """Return what turns an image into the network's input, or into uint8, without randomness."""
     data = config.dataset
     return augment.val_transform(
-        is_raw=is_raw,
+        skip_normalise=skip_normalise,
         img_size=height_width(data.val.img_size or config.model.vit.img_size),
         crop_ratio=data.val.crop_ratio,
         interpolation=data.interpolation,
@@ -139,15 +125,39 @@ def val_transform(config: Config, *, is_raw: bool = False) -> Transform:
 
 def val_batches(config: Config, index: ImageIndex, world: World) -> Feed:
     """Return this rank's share of the validation images."""
-    loader = imagenet_dataset.val_loader(
-        _reader(config, index),
-        transform=val_transform(config, is_raw=True),
-        timeout_s=config.dataset.timeout_s,
-        is_reused=True,
-        batch_size=config.dataset.val.batch_size,
+    transform = val_transform(config, skip_normalise=True)
+    images = ValImages(_reader(config, index), transform=transform)
+    options = _loader_options(config, world, config.dataset.val.batch_size)
+    loader = imagenet_dataset.val_loader(images, options=options)
+    return _feed(config, loader, "val", world, set())
+
+
+def _loader_options(config: Config, world: World, batch_size: int) -> LoaderOptions:
+    return LoaderOptions(
+        batch_size=batch_size,
         rank=world.rank,
         world=world.size,
         num_workers=config.dataset.num_workers,
         pin_memory=world.device.type == "cuda",
+        timeout_s=config.dataset.timeout_s,
+        reuses_memory=True,  # Feed normalises each batch into memory of its own
     )
-    return _feed(config, loader, "val", world, set())
+
+
+def _reader(config: Config, index: ImageIndex, *, is_scaled: bool = False) -> ImageReader:
+    decoder, _ = reading.pick_decoder(config.dataset.decoder)
+    return ImageReader(index, decoder=decoder, is_scaled=is_scaled)
+
+
+def _feed(config: Config, loader: DataLoader, split: Split, world: World, bad: set[int]) -> Feed:
+    data = config.dataset
+    gather = collectives.all_gather if world.size > 1 else None
+    return Feed(
+        loader,
+        split=split,
+        device=world.device,
+        normaliser=Normaliser(data.mean, data.std),
+        tolerance=Tolerance(
+            data.max_bad if data.on_error == "skip" else None, gather=gather, seen=bad
+        ),
+    )

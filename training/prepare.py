@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from images import decoding
+from images import reading
 from images.mixing import Eraser, Mixer
 from layers import te
 from options import checks
@@ -175,5 +175,5 @@ def data_choices(run: Run) -> dict[str, object]:
         "train_images": len(run.train_index.paths),
         "val_images": len(run.val_index.paths),
         "layout": run.train_index.layout,
-        "decoder": " ".join(decoding.pick_decoder(run.config.dataset.decoder)),
+        "decoder": " ".join(reading.pick_decoder(run.config.dataset.decoder)),
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from images.image_order import Order
+from imagenet_dataset import Order
 from images.index import ImageIndex
 from images.mixing import Eraser, Mixer
 from options import checks

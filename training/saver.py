@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import checkpoint
-from images import shared_index
+from parallel import collectives
 from training import run_folder
 from training.logbook import Logbook
 from training.resume import Start, facts
@@ -76,7 +76,7 @@ class Saver:
         """
         self.drain()
         self._step, self._began, self._stalled_s = step, time.perf_counter(), 0.0
-        self._run.bad_images.update(shared_index.union(self._run.bad_images))
+        self._run.bad_images.update(*collectives.all_gather(self._run.bad_images))
         state = facts(self._run, step=step, figures=figures, is_stop=is_stop)
         loss = figures.get("val_loss", figures["loss"])
         if self._background is not None and not is_last:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images.layouts import index_images
+from images.cache import index_images
 
 # ILSVRC's validation images are numbered; its labels are in a file of their own.
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,7 +1,10 @@
-"""Small image folders for tests."""
+"""Small image folders for tests, and loaders of them."""
 
 import numpy as np
 from PIL import Image
+
+from imagenet_dataset import LoaderOptions, TrainImages, ValImages, train_loader, val_loader
+from images.reading import ImageReader
 
 
 def write_image(path, *, seed=0, size=(8, 8), mode="RGB"):
@@ -30,3 +33,28 @@ def tiny_dataset(root):
         lines.append(f"val_{number}.JPEG\t{('n03', 'n01')[number % 2]}\t0\t0\t7\t7")
     (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     return root
+
+
+def train_batches(
+    index,
+    *,
+    transform,
+    num_steps,
+    start_step=0,
+    order=None,
+    seed=5,
+    grad_accum_steps=1,
+    decoder="pillow",
+    **options,
+):
+    """A loader of training batches; `options` are those of LoaderOptions."""
+    reader = ImageReader(index, decoder=decoder)
+    images = TrainImages(reader, transform=transform, order=order, seed=seed)
+    steps, options = range(start_step, num_steps), LoaderOptions(**options)
+    return train_loader(images, steps, grad_accum_steps=grad_accum_steps, options=options)
+
+
+def val_batches(index, *, transform, **options):
+    """A loader of validation batches; `options` are those of LoaderOptions."""
+    images = ValImages(ImageReader(index), transform=transform)
+    return val_loader(images, options=LoaderOptions(**options))

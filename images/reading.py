@@ -1,27 +1,34 @@
-"""From an image file's bytes to 8-bit RGB pixels, within limits.
+"""Read image number i of an index and decode it to 8-bit RGB pixels, within limits.
 
-    bytes -> read_header -> Encoded (size known, nothing decoded) -> rgb / rgb_of_box -> pixels_HWC
+    ImageIndex -> ImageReader(i) -> Encoded (size known, nothing decoded)
+    Encoded -> rgb | rgb_of_box -> pixels_HWC
 
-JPEGs go through Pillow or nvImageCodec, which give the same bits, as both have libjpeg-turbo;
-whatever nvImageCodec refuses, Pillow judges. Alpha and EXIF rotation are ignored. Not here: where
-bytes come from, resizing, torch.
+JPEGs go through Pillow or nvImageCodec, which give the same bits, since both use libjpeg-turbo;
+Pillow has the last word on whatever nvImageCodec refuses. Alpha and EXIF rotation are ignored. An
+image that cannot be read is an UnreadableError; `describe` names the image, its class and number.
+Not here: resizing, torch.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import io
 import os
 import struct
 import tempfile
+import time
 import zlib
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from images.index import ImageIndex
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,25 +37,30 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 # RGB pixels of this many take 192 MB; a PNG of 9000 x 9000 can be a file of 236 kB.
 MAX_IMAGE_PIXELS = 64_000_000
-SCALES = (8, 4, 2)  # libjpeg leaves out whole octaves of a block's frequencies
+SCALES = (8, 4, 2)  # libjpeg can leave out whole octaves of a block's frequencies
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8"
 END_OF_IMAGE = b"\xff\xd9"
 SEARCHED_BYTES = 1024
 SHOWN_BYTES = 16
-# What Pillow raises on damaged files; SyntaxError is its word for a broken PNG chunk.
+# What Pillow raises for damaged files; SyntaxError stands for a broken PNG chunk.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 NVIMGCODEC, LIBJPEG_TURBO = "nvidia.nvimgcodec", "extensions/libjpeg_turbo_ext.so*"
 EXTENSIONS, VERBOSITY = "NVIMGCODEC_EXTENSIONS_PATH", "PYNVIMGCODEC_VERBOSITY"
 BITS = 8  # of a channel
+MAX_IMAGE_BYTES = 256 << 20
+OPEN_SHARDS = 64
+# Errors of a network file system that may pass; all others are final.
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
+RETRY_AFTER_S = (0.1, 1.0)
 
 
 class UnreadableError(ValueError):
-    """Bytes that are no image, or not one that is decoded here; the message is the reason."""
+    """The bytes are not an image that is decoded here; the message is the reason."""
 
 
 class Stream(NamedTuple):
-    """What nvImageCodec knows of a file, and the size of its image."""
+    """A file that nvImageCodec has parsed, and the size of its image."""
 
     handle: Any
     width: int
@@ -57,9 +69,10 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image file's bytes with their header read: pixels are made when they are asked for.
+    """An image file's bytes and what its header says; pixels are decoded on request.
 
-    `stream` is what nvImageCodec made of them, None where Pillow decodes.
+    Its size is enough to draw a crop, and then only the rows and columns of the crop are decoded.
+    `stream` is None where Pillow decodes.
     """
 
     data: bytes
@@ -70,9 +83,9 @@ class Encoded:
 
 
 class NvImageCodec:
-    """NVIDIA's nvImageCodec, of which only libjpeg-turbo on the CPU is used: it decodes a region.
+    """NVIDIA's nvImageCodec, used for one thing: libjpeg-turbo on the CPU, decoding a region.
 
-    Rows and columns beside a region go through entropy decoding alone.
+    Rows and columns outside the region only go through entropy decoding.
     """
 
     def __init__(self) -> None:
@@ -81,13 +94,13 @@ class NvImageCodec:
         self._params = codec.DecodeParams(apply_exif_orientation=False)
         self._decoder = codec.Decoder(
             device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,  # the caller's: loaders have processes
+            max_num_cpu_threads=1,  # the caller's own: loaders already have a process per core
             backends=[codec.Backend(codec.CPU_ONLY)],
         )
 
     def stream(self, data: bytes) -> Stream | None:
-        """Return the stream and size of a JPEG, None of what is none that it turns into RGB."""
-        # Of a file cut short it would complain on stderr, without a name.
+        """Return the stream and size of a JPEG, None for anything that Pillow has to judge."""
+        # A truncated file would make it complain on stderr without saying which file.
         if not data.startswith(JPEG_MAGIC) or END_OF_IMAGE not in data[-SEARCHED_BYTES:]:
             return None
         try:
@@ -98,11 +111,11 @@ class NvImageCodec:
             return None
 
     def pixels(self, stream: Stream, box: Box | None = None) -> np.ndarray | None:
-        """Decode the pixels of a box, None of a damaged file."""
+        """Decode the pixels of a box, None for a damaged file."""
         handle = stream.handle
         if box is not None:
             top, left, height, width = box
-            # One column alone would get another color at the left edge where chroma is subsampled.
+            # With subsampled chroma, a single column at the left edge would get another color.
             right = min(left + max(width, 2), stream.width)
             region = self._codec.Region(start=(top, left), end=(top + height, right))
             handle = handle.get_sub_code_stream(region=region)
@@ -113,8 +126,8 @@ class NvImageCodec:
 def _import_without_gpu() -> ModuleType:
     """Import nvImageCodec with the one extension that is used.
 
-    It would look for all others too, say on stderr, in every process, which libraries of CUDA they
-    miss, and try another decoder on damaged files, which takes what Pillow refuses.
+    It would load all the others too: every process would report on stderr which CUDA libraries they
+    miss, and another decoder would accept damaged files that Pillow refuses.
     """
     spec = importlib.util.find_spec(NVIMGCODEC)
     folders = spec.submodule_search_locations if spec else None
@@ -134,14 +147,14 @@ def _import_without_gpu() -> ModuleType:
 
 @functools.cache
 def _nvimgcodec(_process: int) -> NvImageCodec:
-    return NvImageCodec()  # a forked process has its own
+    return NvImageCodec()  # keyed by process: a decoder does not survive a fork
 
 
 def pick_decoder(name: str) -> tuple[str, str]:
-    """Return the decoder for `dataset.decoder=auto|pillow|nvimgcodec` and why it was taken.
+    """Return the decoder for `dataset.decoder=auto|pillow|nvimgcodec` and why it was chosen.
 
     Raises:
-        ValueError: It is asked for by name and not there.
+        ValueError: nvimgcodec was asked for by name and cannot be loaded.
     """
     if name == "pillow":
         return name, "asked for"
@@ -158,23 +171,23 @@ def pick_decoder(name: str) -> tuple[str, str]:
 
 
 def read_header(data: bytes, *, decoder: str = "pillow", is_scaled: bool = False) -> Encoded:
-    """Return `data` with its size; `is_scaled` lets a JPEG be decoded no larger than is needed.
+    """Return `data` with its size; `is_scaled` allows decoding a JPEG at a fraction of its size.
 
     Raises:
-        UnreadableError: They are not a JPEG or PNG, or have too many pixels.
+        UnreadableError: It is not a JPEG or PNG, or has too many pixels.
     """
     if not data:
         raise UnreadableError("empty")
     found = _nvimgcodec(os.getpid()).stream(data) if decoder == "nvimgcodec" else None
     width, height = found[1:] if found else _image_size(data)
-    if width * height > MAX_IMAGE_PIXELS:  # known before a pixel is decoded
+    if width * height > MAX_IMAGE_PIXELS:  # before anything is decoded, or memory taken for it
         raise UnreadableError(f"has {width}x{height} pixels, at most {MAX_IMAGE_PIXELS:,}")
     is_scaled = is_scaled and data.startswith(JPEG_MAGIC)
     return Encoded(data, width, height, is_scaled, found)
 
 
 def _image_size(data: bytes) -> tuple[int, int]:
-    if data.startswith(PNG_MAGIC) and len(data) > 24:  # before Pillow warns of a large one
+    if data.startswith(PNG_MAGIC) and len(data) > 24:  # Pillow would warn about a large one
         return struct.unpack(">II", data[16:24])
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
@@ -205,10 +218,10 @@ def rgb(source: Encoded) -> np.ndarray:
 
 
 def rgb_of_box(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> np.ndarray:
-    """Decode the pixels of a box; a scaled source as few of them as are `at_least` (h, w).
+    """Decode a box of an image; one that may be scaled gets no smaller than `at_least` (h, w).
 
     Shapes: box (top, left, height, width) of the full image -> uint8 [height', width', 3].
-    Numerics: Without scaling these are the pixels of the whole image, bit for bit.
+    Numerics: Unscaled pixels are those of the fully decoded image, bit for bit.
 
     Raises:
         UnreadableError: The file is damaged.
@@ -234,9 +247,107 @@ def _decode_by_pillow(data: bytes, *, scale: int = 1) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if scale > 1:  # nvImageCodec has no scaled decode
                 image.draft("RGB", (image.width // scale, image.height // scale))
-            if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, convert would clip
+            if image.mode.startswith("I"):  # 16-bit grey: convert() would clip, not scale
                 grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return np.array(grey.convert("RGB"))
             return np.array(image.convert("RGB"))
     except (*DAMAGED, Image.DecompressionBombError) as err:
         raise UnreadableError(_reason(data, err)) from err
+
+
+class ImageReader:
+    """Returns image i of an index with its header read; keeps recently used shards open."""
+
+    def __init__(
+        self, index: ImageIndex, *, decoder: str = "pillow", is_scaled: bool = False
+    ) -> None:
+        self.index = index
+        self.decoder = decoder
+        self.is_scaled = is_scaled
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}  # descriptors mean nothing elsewhere
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+
+    def __call__(self, image: int) -> Encoded:
+        """Read the file and its header.
+
+        Raises:
+            UnreadableError: It is missing, is not an image, or its size is not the indexed one.
+        """
+        try:
+            data = self._read_patiently(image)
+        except OSError as err:
+            raise UnreadableError(f"cannot be read: {err.strerror or err}") from err
+        if len(data) != self.index.sizes[image]:
+            what = "truncated" if len(data) < self.index.sizes[image] else "has changed"
+            raise UnreadableError(f"{what} ({len(data):,} of {self.index.sizes[image]:,} bytes)")
+        return read_header(data, decoder=self.decoder, is_scaled=self.is_scaled)
+
+    def _read_patiently(self, image: int) -> bytes:
+        for wait_s in RETRY_AFTER_S:
+            try:
+                return self._read(image)
+            except OSError as err:
+                if err.errno not in PASSING:
+                    raise
+            self._close(image)
+            time.sleep(wait_s)
+        return self._read(image)
+
+    def _read(self, image: int) -> bytes:
+        if self.index.sizes[image] > MAX_IMAGE_BYTES:
+            raise UnreadableError(f"has more than {MAX_IMAGE_BYTES:,} bytes")
+        if self.index.shards:
+            file = self._shard(self.index.shard_of[image])
+            return os.pread(file, self.index.sizes[image], self.index.offsets[image])
+        file = os.open(f"{self.index.root}/{self.index.paths[image]}", os.O_RDONLY)
+        try:
+            # One byte more than indexed shows that a file has grown, without reading all of it.
+            return os.pread(file, self.index.sizes[image] + 1, 0)
+        finally:
+            os.close(file)
+
+    def _shard(self, number: int) -> int:
+        if number not in self._open:
+            path = self.index.root / self.index.shards[number]
+            self._open[number] = os.open(path, os.O_RDONLY)
+            if len(self._open) > OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _close(self, image: int) -> None:
+        if self.index.shards and self.index.shard_of[image] in self._open:
+            os.close(self._open.pop(self.index.shard_of[image]))
+
+
+def describe(index: ImageIndex, image: int, reason: str) -> str:
+    """Return the message about an unusable image: split, class, number, file, reason."""
+    folder, _, name = index.paths[image].rpartition("/")
+    place = f"{folder}/" if index.shards and folder else ""
+    size = "" if reason.endswith("bytes)") else f" ({index.sizes[image]:,} bytes)"
+    wnid = index.classes[index.labels[image]]
+    return f"data {index.split}/{wnid} index {image}: {place}{name} {reason}{size}"
+
+
+def decode_rgb(path: Path) -> Image.Image:
+    """Decode a JPEG or PNG of any mode to 8-bit RGB.
+
+    Raises:
+        UnreadableError: It is neither, is damaged, or is too large.
+    """
+    return Image.fromarray(rgb(read_header(path.read_bytes())))
+
+
+def read_image(path: Path, *, where: str) -> Image.Image:
+    """Decode a file; the ValueError for a bad one begins with `where` the user named it."""
+    try:
+        return decode_rgb(path)
+    except (UnreadableError, OSError) as err:
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+        raise ValueError(f"{where} {path} ({size}): cannot be read: {err}") from err
