@@ -32,15 +32,14 @@ from torch import Tensor, nn
 from images import feed, image_reader
 from options import compose
 from options.schema import Config, walk
-from parallel import distributed, launch
+from parallel import distributed
 from parallel.distributed import World
 from training import loaders, network, scoring, stopping
 from training.logbook import print_table
 from training.network import name_options
-from weights import files as weight_files
+from weights.files import write_text
 from weights.sources import BEST, Choice, Source, other_classes, picked_metric, read_source
 
-EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 69, 130
 GUESSES = 5
 # What only training reads.
 UNUSED = (
@@ -264,29 +263,12 @@ def run(arguments: argparse.Namespace) -> None:
             if world.is_main:
                 print_scores(result, origin=source.origin, per_class=arguments.per_class)
         if arguments.json and world.is_main:
-            with weight_files.in_place_of(arguments.json) as partial:
-                partial.write_text(json.dumps(result, indent=2) + "\n")
+            write_text(arguments.json, json.dumps(result, indent=2) + "\n")
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code and print one line for what a user did wrong."""
-    try:
-        run(parse(argv))
-    except (ValueError, OSError, ImportError, scoring.NonFiniteError) as error:
-        rank = launch.shown_rank()
-        print(f"error (rank {rank}): {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except RuntimeError as error:
-        lost = distributed.lost_rank(error)
-        if lost is None:
-            raise
-        rank = launch.shown_rank()
-        print(f"error (rank {rank}): {lost}", file=sys.stderr)
-        return EXIT_LOST_RANK
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return stopping.exit_code(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -50,13 +50,13 @@ from typing import NoReturn
 
 from options.model_options import ViTOptions
 from training.network import name_options
+from training.stopping import EXIT_USER_ERROR, exit_code
 from weights import files as weight_files
 from weights import formats
 from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
 from weights.formats import Json, MtlFile
 from weights.sources import BEST, Choice, Source, picked_metric, read_source
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")
 GB = 10**9
 MAX_SHARD_GB = 5.0
@@ -261,16 +261,12 @@ def _removing_partial_files() -> Iterator[None]:
 
 def main(argv: list[str]) -> int:
     """Run the command line; return its exit code."""
-    try:
+
+    def program() -> None:
         with _removing_partial_files():
             export(parse(argv))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+
+    return exit_code(program, has_ranks=False)
 
 
 if __name__ == "__main__":

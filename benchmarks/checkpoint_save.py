@@ -41,7 +41,6 @@ from benchmarks import common, folders
 from options import compose
 from parallel import collectives, distributed
 from training import prepare
-from training.run_folder import Swept
 from weights import dcp_writer
 from weights.background import AsyncSaver, Committed
 from weights.dcp_writer import TensorTree
@@ -127,8 +126,8 @@ def background(saver: AsyncSaver, root: Path, tensors: TensorTree) -> tuple[floa
     """Save in the background; return (milliseconds that training waited, until it was on disk)."""
     dist.barrier()
     started = time.perf_counter()
-    keep = functools.partial(Swept, failed={})
-    saver.begin(root, tensors, state=STATE, loss=1.0, retention=keep)  # type: ignore[arg-type]
+    keep_all = functools.partial(dict.fromkeys, ())  # the worker imports what it is sent
+    saver.begin(root, tensors, state=STATE, loss=1.0, retention=keep_all)  # type: ignore[arg-type]
     waited = time.perf_counter() - started
     outcome = None
     while outcome is None:

@@ -25,6 +25,7 @@ from training.logbook import Logbook
 from training.run import Run
 from vit import VisionTransformer
 from weights import formats, warm_start
+from weights.files import write_text
 from weights.formats import MtlFile, Weights
 from weights.provenance import LOADED, Initial
 from weights.sources import Choice, Source, other_classes, read_source
@@ -252,10 +253,8 @@ def note(run: Run, logbook: Logbook, beginning: Beginning | None) -> None:
             logbook.event("init", ignored=run.config.init.checkpoint, why="the run is resumed")
         return
     if run.world.is_main:
-        staged = run.folder / f".{TABLE}.staging"
         head = [f"mode: {beginning.mode}", f"checkpoint: {beginning.origin}", ""]
-        staged.write_text("\n".join([*head, *beginning.initial.lines()]) + "\n")
-        staged.replace(run.folder / TABLE)
+        write_text(run.folder / TABLE, "\n".join([*head, *beginning.initial.lines()]) + "\n")
     if beginning.origin is None:  # the line of the run says so
         return
     width = run.config.model.vit.embed_dim // run.config.model.vit.num_heads

@@ -88,24 +88,20 @@ def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint
     Raises:
         ValueError: None is complete, or none has the figure.
     """
-    folders = verify.candidates(run_folder)
-    if figure := verify.figure_name(metric):
-        scores = {folder: verify.score(folder, figure) for folder in folders}
+    folders = verify.candidates(run_folder, metric=metric)
+    if metric is not None:  # here a person asks for the figure: no other checkpoint will do
         known = {name for folder in folders for name in verify.claimed_figures(folder)}
-        folders = [folder for folder in folders if math.isfinite(scores[folder])]
+        folders = [folder for folder in folders if math.isfinite(verify.score(folder, metric))]
         if not folders:
             raise ValueError(
                 f"--metric {metric}: no checkpoint in {run_folder} has this figure "
                 f"(there are: {', '.join(sorted(known)) or 'none'})"
             )
-        folders.sort(key=lambda folder: scores[folder], reverse=True)
-    problems: list[str] = []
-    for folder in folders:
-        try:
-            return verify.verify(folder), tuple(problems)
-        except ValueError as error:
-            problems.append(str(error).removeprefix("checkpoint "))
-    raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
+    found, rejected = verify.first_whole(folders)
+    problems = tuple(reason.removeprefix("checkpoint ") for reason in rejected.values())
+    if found is None:
+        raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
+    return found, problems
 
 
 def _our_options(value: object) -> Json:
