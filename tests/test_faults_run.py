@@ -388,7 +388,7 @@ def test_a_stopped_run_goes_on_where_it_was(ranks, small_run, tmp_path):
         parted = small_run(*options, *mode, folder)
         message = ranks(1, train_until_stopped, parted, install, (0,))[0]
         assert message.startswith(f"SIGTERM at step {3 if where == 'a step' else 2}, "), where
-        # At once: a worker's process takes seconds to start, and another test has it train the same.
+        # At once: a worker takes seconds to start, and another test shows that it saves the same.
         assert ranks(1, finish, small_run(*options, folder)) == whole, where
 
 
