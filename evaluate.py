@@ -59,11 +59,7 @@ FREE = (
 
 
 def load_model(source: Source, config: Config, device: torch.device) -> nn.Module:
-    """Return the network with the source's weights, unsharded, on `device` in eval mode.
-
-    Raises:
-        ValueError: Names or shapes are not the model's.
-    """
+    """Return the network with the source's weights, unsharded, on `device` in eval mode."""
     backend, _ = network.pick_backend(config, device)
     model = network.build_model(config, backend=backend, on_meta=False, device=device)
     try:
@@ -75,12 +71,7 @@ def load_model(source: Source, config: Config, device: torch.device) -> nn.Modul
 
 
 def check_used(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing, and a file that could not be written at the end.
-
-    Raises:
-        ValueError: There is one.
-        FileNotFoundError: The folder of --json is not there.
-    """
+    """Refuse arguments that would do nothing, and a file that could not be written at the end."""
     if arguments.names and not arguments.images:
         raise ValueError(f"--names {arguments.names}: has no effect without --images")
     if arguments.per_class and arguments.images:
@@ -100,11 +91,7 @@ def check_used(arguments: argparse.Namespace) -> None:
 
 
 def restore(source: Source, overrides: list[str]) -> Config:
-    """Return the options of a source with `overrides`, none of which changes the network.
-
-    Raises:
-        ValueError: One does, or cannot be.
-    """
+    """Return the options of a source with `overrides`, none of which changes the network."""
     trained = {name: value for name, _, value in walk(compose.restore(source.config, []))}
     # Only training compares images: their fingerprints are not worth the reads here.
     config = compose.restore(source.config, [*overrides, "dataset.duplicates=ignore"])
@@ -173,11 +160,7 @@ def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> 
 def predict(
     model: nn.Module, config: Config, paths: list[Path], names: list[str]
 ) -> dict[str, list[tuple[str, float]]]:
-    """Return the most probable classes of each image file, with their probabilities.
-
-    Raises:
-        ValueError: A file is no image that can be read.
-    """
+    """Return the most probable classes of each image file, with their probabilities."""
     transform = loaders.val_transform(config)
     parameter = next(model.parameters())
     found = {}
@@ -191,11 +174,7 @@ def predict(
 
 
 def read_names(path: Path | None, num_classes: int, ids: Sequence[str]) -> list[str]:
-    """Return the classes' names, one per line of `path`; without it their ids, else numbers.
-
-    Raises:
-        ValueError: The file has another number of lines.
-    """
+    """Return the classes' names, one per line of `path`; without it their ids, else numbers."""
     if path is None:
         return list(ids) or [str(number) for number in range(num_classes)]
     names = path.read_text("utf-8").splitlines()

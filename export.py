@@ -102,11 +102,7 @@ def _mtl_file(source: Source) -> MtlFile:
 
 
 def output_path(output: Path, to: str, *, pick: str) -> Path:
-    """Return the file or folder to write.
-
-    Raises:
-        ValueError: The name does not suit the format.
-    """
+    """Return the file or folder to write."""
     is_pickle = output.suffix in (".pt", ".pth")
     if to in ("torch", "timm") and not is_pickle:
         raise ValueError(f"--output {output}: must end in .pt or .pth")
@@ -118,11 +114,7 @@ def output_path(output: Path, to: str, *, pick: str) -> Path:
 
 
 def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
-    """Refuse to write over or into what is not an export.
-
-    Raises:
-        ValueError: Something is at `path`, or it is part of a checkpoint or of the source.
-    """
+    """Refuse to write over or into what is not an export."""
     whole, read = path.resolve(), source.resolve()
     if whole == read or whole in read.parents:
         raise ValueError(f"--output {path}: would replace the source")
@@ -146,11 +138,7 @@ def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
 
 
 def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
-    """Write `source` to `path` in the format `to`.
-
-    Raises:
-        ValueError: The format cannot express the model; the parameter or the option is named.
-    """
+    """Write `source` to `path` in the format `to`."""
     about = {"config": json.dumps(source.config)}
     if source.classes:
         about["classes"] = json.dumps(source.classes)
@@ -211,11 +199,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_used(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuse arguments that would do nothing."""
     if arguments.overrides and arguments.config_name is None:
         raise ValueError(f"{arguments.overrides[0]}: has no effect without --config-name")
     limit = arguments.max_shard_gb

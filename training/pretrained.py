@@ -113,12 +113,7 @@ def _from_timm(name: str) -> Pretrained:
 
 
 def read(checkpoint: str) -> Pretrained:
-    """Read a file or folder, or a model of timm where there is none of that name.
-
-    Raises:
-        FileNotFoundError: There is neither.
-        ValueError: It cannot be read, or holds the weights of something else.
-    """
+    """Read a file or folder, or a model of timm where there is none of that name."""
     path = Path(checkpoint).expanduser()
     if path.exists():
         source, second = _read_source(path)
@@ -140,12 +135,7 @@ def read(checkpoint: str) -> Pretrained:
 
 
 def read_on_main(checkpoint: str, *, is_main: bool) -> Pretrained:
-    """Read on rank 0 and return it on every rank, in fp32 on the CPU. Collective.
-
-    Raises:
-        OSError: On every rank, if rank 0 cannot read it.
-        ValueError: The same.
-    """
+    """Read on rank 0 and return it on every rank, in fp32 on the CPU. Collective."""
     found = capture(read, checkpoint) if is_main else None
     about: Pretrained | Exception | None = found
     if isinstance(found, Pretrained):

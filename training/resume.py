@@ -97,11 +97,7 @@ def _check_same(run: Run, found: verify.Checkpoint, *, old: object, new: object)
 
 
 def check_resumable(run: Run, found: verify.Checkpoint) -> list[str]:
-    """Return the options that changed since `found` was saved.
-
-    Raises:
-        ValueError: The order of images, or the network, would change, so the run could not go on.
-    """
+    """Return the options that changed since `found` was saved."""
     now = facts(run, step=found.step, figures={})
     _check_same(run, found, old=found.state, new=now)
     decay = run.config.training.ema_decay
@@ -152,7 +148,12 @@ def _pick(run: Run) -> tuple[verify.Checkpoint | None, Mapping[Path, str]]:
 
 
 def resume(run: Run) -> Start:
-    """Load the newest or best complete checkpoint of the run folder, if any. Collective."""
+    """Load the newest or best complete checkpoint of the run folder, if any. Collective.
+
+    Raises:
+        ValueError: On every rank, if all are damaged, or the run could not go on from the one.
+        OSError: On every rank, if it cannot be read.
+    """
     found, rejected = _pick(run)
     if found is None:
         return Start(None, rejected, [])

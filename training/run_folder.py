@@ -216,10 +216,9 @@ class Retention:
         older = folders[folders.index(known[self.keep_last - 1]) + 1 :]
         best = [folder for folder in known if scores[folder] > -math.inf]
         best = sorted(best, key=lambda folder: scores[folder], reverse=True)[: self.keep_best]
-        if self.keep_best == 0:
-            bar = math.inf
-        else:
-            bar = scores[best[-1]] if len(best) == self.keep_best else -math.inf
+        # An unknown one may be the best of all: it goes only if `keep_best` known ones are better.
+        is_full = len(best) == self.keep_best
+        bar = min((scores[folder] for folder in best), default=math.inf) if is_full else -math.inf
         kept = {*best, *self.protected}
         return [folder for folder in older if folder not in kept and not scores[folder] > bar]
 

@@ -53,11 +53,7 @@ _ROOT_UID = 0
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """Return why what lies at `path` may be somebody else's work, None if it is this user's own.
-
-    Raises:
-        OSError: The path cannot be looked at.
-    """
+    """Return why what lies at `path` may be somebody else's work, None if it is this user's own."""
     facts = path.lstat()
     if stat.S_ISLNK(facts.st_mode):
         return "is a symbolic link"
@@ -154,12 +150,7 @@ def _check_sizes(metadata: Metadata, folder: Path) -> None:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Return the content of a `.metadata` file; nothing in it can run or leave its folder.
-
-    Raises:
-        ValueError: It is damaged, names a global that is not allowed, or its sizes cannot be.
-        OSError: It cannot be read.
-    """
+    """Return the content of a `.metadata` file; nothing in it can run or leave its folder."""
     content = path.read_bytes()
     try:
         metadata = _Unpickler(io.BytesIO(content)).load()

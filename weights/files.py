@@ -56,11 +56,7 @@ _DAMAGED = (
 
 
 def read_pickle(path: Path) -> object:
-    """Return what `torch.save` wrote to `path`, on the CPU: tensors and plain values only.
-
-    Raises:
-        ValueError: The file asks for anything else, which is not run, or is damaged.
-    """
+    """Return what `torch.save` wrote to `path`, on the CPU: tensors and plain values only."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
@@ -155,11 +151,7 @@ def _safetensors_files(path: Path) -> list[Path]:
 
 
 def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
-    """Return the weights and the metadata of a file, or of a folder with all its files.
-
-    Raises:
-        ValueError: A file is missing or damaged.
-    """
+    """Return the weights and the metadata of a file, or of a folder with all its files."""
     weights: Weights = {}
     metadata: dict[str, str] = {}
     for file in _safetensors_files(path):
@@ -227,11 +219,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def read_dcp(folder: Path, tree: str) -> Weights:
-    """Return the tensors under `tree` of a Torch DCP folder, whole, however they were sharded.
-
-    Raises:
-        ValueError: There are none, or fewer than the model has; or the folder is damaged.
-    """
+    """Return the tensors under `tree` of a Torch DCP folder, whole, however they were sharded."""
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     tensors = {
@@ -266,11 +254,7 @@ def write_dcp(folder: Path, weights: Weights, *, about: Json) -> None:
 
 
 def shard_files(folder: Path, *, stem: str | None) -> list[Path]:
-    """Return the files of all ranks in `folder`, in rank order: `0.pth` or `<stem>_rank0.pth`.
-
-    Raises:
-        ValueError: A rank is missing, or there is more than one set and `stem` does not say which.
-    """
+    """Return the files of all ranks in `folder`, in rank order: `0.pth` or `<stem>_rank0.pth`."""
     sets: dict[str, dict[int, Path]] = {}
     for path in folder.iterdir():
         if match := _SHARD.fullmatch(path.name):

@@ -93,11 +93,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def option(model: object, dotted: str) -> object:
-    """Return the option `model.<dotted>` of a run.
-
-    Raises:
-        ValueError: The options at hand do not have it.
-    """
+    """Return the option `model.<dotted>` of a run."""
     value: object = model
     for key in dotted.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -275,22 +271,15 @@ def _meta(theirs: Weights, *, num_shards: int, source: str) -> dict[str, object]
     }
 
 
-def _numbers_of_experts(theirs: Weights) -> Iterable[tuple[str, int, int]]:
-    """Yield (name, experts it has, experts of the layer) of M3ViT's expert tensors."""
-    for name, tensor in theirs.items():
-        if _EXPERTS_OF_MTL.fullmatch(name):
-            gate = name.partition("experts.")[0] + "gate."
-            sizes = [t.shape[1] for k, t in theirs.items() if k.startswith(gate) and t.ndim == 2]
-            yield name, len(tensor), sizes[0] if sizes else 0
-
-
 def missing_experts(theirs: Weights) -> str | None:
     """Say which experts are not in M3ViT's tensors, comparing them with the gate; None: all are."""
-    for name, found, num_experts in _numbers_of_experts(theirs):
-        if num_experts == 0:
+    for name in filter(_EXPERTS_OF_MTL.fullmatch, theirs):
+        found, gate = len(theirs[name]), name.partition("experts.")[0] + "gate."
+        sizes = [t.shape[1] for k, t in theirs.items() if k.startswith(gate) and t.ndim == 2]
+        if not sizes:
             return f"{name} has {found} experts and no gate beside it says of how many"
-        if found != num_experts:
-            return f"{name} has {found} of {num_experts} experts"
+        if found != sizes[0]:
+            return f"{name} has {found} of {sizes[0]} experts"
     return None
 
 
@@ -331,9 +320,6 @@ def merge_shards(shards: Sequence[Weights], *, source: str) -> MtlFile:
 
     Expert tensors are joined in that order, which is that of the gate's columns, unless each rank
     has all experts already. All else is the first rank's; final norm and head are kept aside.
-
-    Raises:
-        ValueError: Together they do not have all experts.
     """
     split = [encoder_of(shard) for shard in shards]
     (theirs, top), num_shards = split[0], 1

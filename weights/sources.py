@@ -84,9 +84,6 @@ def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint
 
     Also returned is what is wrong with those that come before it. `metric` is "+name" where the
     highest figure is the best and "-name" where the lowest is.
-
-    Raises:
-        ValueError: None is complete, or none has the figure.
     """
     folders = verify.candidates(run_folder, metric=metric)
     if metric is not None:  # here a person asks for the figure: no other checkpoint will do

@@ -131,11 +131,7 @@ def ffn_of(name: str) -> str:
 
 
 def _num_shards(kind: str | None, *, dense_dim: int, hidden_dim: int, facts: ExpertFacts) -> int:
-    """Return in how many parts the dense MLP is cut, 1 for copies.
-
-    Raises:
-        ValueError: Experts of this width and number cannot be made of it.
-    """
+    """Return in how many parts the dense MLP is cut, 1 for copies."""
     widths = f"an expert is {hidden_dim} wide, the dense MLP {dense_dim}"
     if facts.activation != "gelu":
         raise ValueError(
@@ -174,11 +170,7 @@ def find_recipe(
     plan: Plan,
     origin: str,
 ) -> Recipe:
-    """Return what happens to the experts, `hidden_dim` wide, of the feed-forward `prefix`.
-
-    Raises:
-        ValueError: They cannot be made of what `source`, called `origin`, has there.
-    """
+    """Return what happens to the experts, `hidden_dim` wide, of the feed-forward `prefix`."""
     default = "random" if plan.mode == "deit_warm_start" else None
     kind = default if plan.experts is None else plan.experts
     if f"{prefix}experts.w_in" in source:
