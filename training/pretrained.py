@@ -29,8 +29,7 @@ from weights.files import write_text
 from weights.formats import MtlFile, Weights
 from weights.provenance import LOADED, Initial
 from weights.sources import Choice, Source, other_classes, read_source
-from weights.upcycling import ExpertFacts, Plan
-from weights.warm_start import Target
+from weights.upcycling import ExpertFacts, Job, Plan, Target
 
 TABLE, HEAD = "init.txt", "head.weight"
 
@@ -205,10 +204,8 @@ def begin(run: Run) -> Beginning:
     """
     o, target = run.config.init, _target(run)
     if o.checkpoint is None:
-        plan = Plan(mode="scratch")
-        return Beginning(
-            "scratch", warm_start.initial_weights({}, target=target, plan=plan, origin="")
-        )
+        job = Job({}, target, Plan(mode="scratch"), origin="")
+        return Beginning("scratch", warm_start.initial_weights(job))
     found = read_on_main(o.checkpoint, is_main=run.world.is_main)
     num_heads, origin = run.config.model.vit.num_heads, f"config init.checkpoint={o.checkpoint}"
     if found.num_heads not in (None, num_heads):
@@ -221,13 +218,8 @@ def begin(run: Run) -> Beginning:
     weights = found.weights
     if "dist_token" not in target.shapes:
         weights = warm_start.without_distillation(weights)
-    initial = warm_start.initial_weights(
-        weights,
-        target=target,
-        plan=Plan(mode=mode, experts=o.experts, gate=o.gate, gate_std=o.gate_std),
-        origin=origin,
-        source_grid_hw=found.grid_hw,
-    )
+    plan = Plan(mode=mode, experts=o.experts, gate=o.gate, gate_std=o.gate_std)
+    initial = warm_start.initial_weights(Job(weights, target, plan, origin, found.grid_hw))
     _install(run, initial, origin=origin)
     left_out = [*initial.left_out, *(name for name in found.weights if name not in weights)]
     initial = dataclasses.replace(initial, left_out=left_out)
