@@ -36,7 +36,7 @@ def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
     Raises:
         OSError: On every rank, if a rank cannot write.
         NonFiniteTensorError: On every rank, if a tensor has NaN or infinities.
-        ValueError: On every rank, if `state` has a number that JSON has not.
+        ValueError: On every rank, if `state` has a number that JSON cannot hold, or `loss` is not finite.
     """
     target = dcp_writer.make_target(root, state=state, loss=loss)
     plan, source = dcp_writer.make_plan(tensors)
@@ -55,14 +55,14 @@ def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
 def find_newest(
     root: Path, *, metric: str | None = None
 ) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """Return the newest complete checkpoint under `root` and why newer ones are not. Collective.
+    """Return the newest complete checkpoint under `root`, and why newer ones are not. Collective.
 
-    With `metric`, "+name" or "-name", it is the one of the highest or lowest figure instead, and
-    the newest if no checkpoint has the figure. Rank 0 looks and every rank gets its answer, so
-    ranks cannot disagree.
+    With `metric`, "+name" or "-name", it is the one with the highest or lowest figure; the newest if
+    none has the figure. Rank 0 alone looks: ranks that looked at a shared folder by themselves
+    could see different ones and resume from different steps.
 
     Raises:
-        ValueError: There are checkpoints and none is complete; starting over would hide that.
+        ValueError: There are checkpoints, but none is complete: starting over would hide that.
         OSError: On every rank, if rank 0 cannot read the folder.
     """
     answer: tuple[Checkpoint | None, dict[Path, str]] | Exception = (None, {})

@@ -41,15 +41,15 @@ from weights.files import write_text
 from weights.sources import BEST, Choice, Source, other_classes, picked_metric, read_source
 
 GUESSES = 5
-# What only training reads.
+# Options that only training reads,
 UNUSED = (
     *("training.", "optimizer.", "fsdp.", "distillation.", "init.", "dataset.train."),
     *("distributed.", "model.sdpa", "model.compile", "dataset.duplicates", "dataset.subset"),
 )
-USED = ("dataset.train.root", "distributed.timeout_s")  # of these
-# Of a dataset, what decides how an image file becomes the network's input.
+USED = ("dataset.train.root", "distributed.timeout_s")  # but for these two
+# Options of a dataset that decide how an image file becomes the network's input.
 FOR_FILES = ("val.img_size", "val.crop_ratio", "interpolation", "mean", "std")
-# Of the network, what may differ from training: the rest decides what the weights compute.
+# Options of the network that may differ from training: all others decide what the weights compute.
 FREE = (
     "model.vit.dynamic_img_size",
     "model.vit.dynamic_img_pad",
@@ -71,7 +71,7 @@ def load_model(source: Source, config: Config, device: torch.device) -> nn.Modul
 
 
 def check_used(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing, and a file that could not be written at the end."""
+    """Refuse arguments without effect, and an output that could not be written at the end."""
     if arguments.names and not arguments.images:
         raise ValueError(f"--names {arguments.names}: has no effect without --images")
     if arguments.per_class and arguments.images:

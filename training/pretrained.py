@@ -1,9 +1,9 @@
-"""Begin a run with weights from elsewhere: read once, share, install, and say what came from where.
+"""Begin a run with given weights: read once, share, install, and say where each came from.
 
     file, folder or model of timm -> rank 0 reads -> all ranks have it -> warm_start.initial_weights
         -> each rank's part of the main weights and of their average -> init.txt, log.jsonl
 
-A resumed run has its weights in its checkpoint and reads nothing here.
+A resumed run has its weights in its own checkpoint and reads nothing here.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """What a run began with; `origin` and `num_heads` are of the checkpoint, if there was one.
+    """What a run began with; `origin` and `num_heads` are the checkpoint's, if there was one.
 
-    `other_classes` says where its head, which is used, has classes of other ids.
+    `other_classes` says how the classes of its head, if that is used, differ from the dataset's.
     """
 
     mode: str
@@ -83,7 +83,7 @@ def _options(source: Source) -> Mapping[str, object]:
 
 
 def _read_source(path: Path) -> tuple[Source, Weights]:
-    """Read whatever is at `path`; return apart what a distilled model of M3ViT has besides."""
+    """Read what is at `path`, and apart from it what a distilled model of M3ViT has in addition."""
     source = read_source(path, Choice())
     if not isinstance(source.content, MtlFile):
         return source, {}
@@ -112,7 +112,7 @@ def _from_timm(name: str) -> Pretrained:
 
 
 def read(checkpoint: str) -> Pretrained:
-    """Read a file or folder, or a model of timm where there is none of that name."""
+    """Read a file or folder, or the model of timm of that name if there is neither."""
     path = Path(checkpoint).expanduser()
     if path.exists():
         source, second = _read_source(path)

@@ -275,7 +275,7 @@ class AsyncSaver:
         if is_known:
             return dcp_writer.source_of(tensors)
         plan, source = dcp_writer.make_plan(tensors)
-        # planner_data maps flat names to nested keys: rank 0's metadata have it, no writer needs it.
+        # planner_data maps flat names to nested keys; the metadata have it, and no writer needs it.
         plan = dataclasses.replace(plan, local=dataclasses.replace(plan.local, planner_data=None))
         places, num_bytes = _place(plan.local, source)
         self._layout = _Layout(form, plan, places)
@@ -292,7 +292,7 @@ class AsyncSaver:
         """Copy `tensors` as they are now and start to save them; `retention` follows the commit.
 
         Raises:
-            ValueError: On every rank, if `state` has a number that JSON has not.
+            ValueError: On every rank, if `state` has a number that JSON cannot hold.
         """
         assert not self.is_busy, "one save at a time"
         target = dcp_writer.make_target(root, state=state, loss=loss)

@@ -2,9 +2,9 @@
 
     .metadata (a pickle) -> allow-list of globals -> sizes and files checked -> Metadata
 
-The reader of torch unpickles `.metadata` and every value that is not a tensor without limits: who
+torch's reader unpickles `.metadata`, and every value that is not a tensor, without limits: whoever
 can write to the folder can run code as whoever loads it. Here `.metadata` may name only the plain
-records it is made of, and values that are not tensors are refused before they are read.
+records that it consists of, and values that are not tensors are refused before they are read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
-# What a damaged or hostile pickle raises on the way, besides UnpicklingError.
+# What a damaged or hostile pickle can raise.
 _BROKEN = (
     ArithmeticError,
     AttributeError,
@@ -74,7 +74,7 @@ def _layout(name: str) -> torch.layout:
 
 
 def _path(*parts: str) -> str:
-    """Stand in for the path classes: a remark of the writer, never used to open anything."""
+    """Stand in for the path classes: the writer's note of where it was, which opens nothing."""
     return "/".join(parts)
 
 
@@ -99,8 +99,8 @@ _ALLOWED: Mapping[tuple[str, str], object] = {
 }
 
 
-# The unpickler in Python, not the one in C: only here can BUILD be narrowed. It sets attributes,
-# and on a class or a function that would outlive the load.
+# The unpickler written in Python, because only there BUILD can be narrowed. BUILD sets attributes;
+# set on an allowed class or function, they would outlive the load.
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
 
@@ -123,7 +123,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check_sizes(metadata: Metadata, folder: Path) -> None:
-    """Refuse what leaves the folder or needs more memory than the files could fill."""
+    """Refuse paths out of the folder, and tensors larger than all its files together."""
     present = {path.name: path.lstat().st_size for path in folder.iterdir()}
     for index, info in metadata.storage_data.items():
         size = present.get(info.relative_path)
