@@ -24,7 +24,7 @@ from parallel import collectives
 from weights import dcp_writer, verify
 from weights.dcp_reader import SafeReader
 from weights.dcp_writer import Json
-from weights.verify import Checkpoint, candidates
+from weights.verify import Checkpoint
 
 TensorTree = dcp_writer.TensorTree
 NonFiniteTensorError = dcp_writer.NonFiniteTensorError
@@ -36,7 +36,7 @@ def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
     Raises:
         OSError: On every rank, if a rank cannot write.
         NonFiniteTensorError: On every rank, if a tensor has NaN or infinities.
-        ValueError: On every rank, if `state` has a number that JSON has not.
+        ValueError: On every rank, if `loss` is not finite or JSON cannot hold a number of `state`.
     """
     target = dcp_writer.make_target(root, state=state, loss=loss)
     plan, source = dcp_writer.make_plan(tensors)
@@ -52,35 +52,24 @@ def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
     return collectives.broadcast_or_raise(result)
 
 
-def _first(root: Path, metric: str | None) -> tuple[Checkpoint | None, dict[Path, str]]:
-    folders = candidates(root)
-    if metric is not None:  # the sort is stable: of equals, and of those without it, the newest
-        folders.sort(key=lambda folder: verify.score(folder, metric), reverse=True)
-    rejected: dict[Path, str] = {}
-    for folder in folders:
-        try:
-            return verify.verify(folder), rejected
-        except ValueError as error:
-            rejected[folder] = str(error)
-    return None, rejected
-
-
 def find_newest(
     root: Path, *, metric: str | None = None
 ) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """Return the newest complete checkpoint under `root` and why newer ones are not. Collective.
+    """Return the newest complete checkpoint under `root`, and why newer ones are not. Collective.
 
-    With `metric`, "+name" or "-name", it is the one of the highest or lowest figure instead, and
-    the newest if no checkpoint has the figure. Rank 0 looks and every rank gets its answer, so
-    ranks cannot disagree.
+    With `metric`, "+name" or "-name", it is the one with the highest or lowest figure, or the
+    newest if none has it. Rank 0 alone looks: ranks that looked at a shared folder by themselves
+    could see different ones and resume from different steps.
 
     Raises:
-        ValueError: There are checkpoints and none is complete; starting over would hide that.
+        ValueError: There are checkpoints, but none is complete: starting over would hide that.
         OSError: On every rank, if rank 0 cannot read the folder.
     """
     answer: tuple[Checkpoint | None, dict[Path, str]] | Exception = (None, {})
     if dist.get_rank() == 0:
-        answer = collectives.capture(_first, root, metric)
+        answer = collectives.capture(
+            lambda: verify.first_whole(verify.candidates(root, metric=metric))
+        )
     found, rejected = collectives.broadcast_or_raise(answer)
     if found is None and rejected:
         raise ValueError(
@@ -109,7 +98,11 @@ def _differences(folder: Path, tensors: TensorTree, *, wanted: set[str]) -> list
 
 
 def _check_keys(folder: Path, tensors: TensorTree) -> None:
-    """Compare names, shapes and dtypes with what is on disk, before any tensor is read."""
+    """Compare names, shapes and dtypes with what is on disk, before any tensor is read.
+
+    DCP itself would load what it finds: it ignores names that only the folder has, and reads a
+    tensor of another dtype into ours without a word.
+    """
     flat, _ = flatten_state_dict(dict(tensors))
     # A rank without rows of a parameter has no optimizer state for it: the union counts.
     wanted = {key for keys in collectives.all_gather(list(flat)) for key in keys}
@@ -117,7 +110,8 @@ def _check_keys(folder: Path, tensors: TensorTree) -> None:
         found = _differences(folder, tensors, wanted=wanted)
     except (OSError, ValueError) as error:
         found = [str(error)]
-    # Shapes are compared by who has the tensor, but all must stop if one does.
+    # Only a rank that has a tensor can compare its shape, but if one refuses, all must: the load
+    # is collective, and the others would wait in it.
     problems = dict.fromkeys(item for items in collectives.all_gather(found) for item in items)
     if problems:
         raise ValueError(f"checkpoint {folder}: {len(problems)} differences: {'; '.join(problems)}")
@@ -133,7 +127,7 @@ def load(checkpoint: Checkpoint, tensors: TensorTree) -> None:
     _check_keys(checkpoint.folder, tensors)
     try:
         state_dict_loader.load(dict(tensors), storage_reader=SafeReader(checkpoint.folder))
-    except CheckpointException as error:  # no Exception, so nobody up there would say it in a line
+    except CheckpointException as error:  # derives from BaseException: callers would not catch it
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"checkpoint {checkpoint.folder}: rank {rank}: {cause}") from error
 

@@ -32,25 +32,24 @@ from torch import Tensor, nn
 from images import feed, reading
 from options import compose
 from options.schema import Config, walk
-from parallel import distributed, launch
+from parallel import distributed
 from parallel.distributed import World
 from training import loaders, network, scoring, stopping
 from training.logbook import print_table
 from training.network import name_options
-from weights import files as weight_files
+from weights.files import write_text
 from weights.sources import BEST, Choice, Source, other_classes, picked_metric, read_source
 
-EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 69, 130
 GUESSES = 5
-# What only training reads.
+# Options that only training reads,
 UNUSED = (
     *("training.", "optimizer.", "fsdp.", "distillation.", "init.", "dataset.train."),
     *("distributed.", "model.sdpa", "model.compile", "dataset.duplicates", "dataset.subset"),
 )
-USED = ("dataset.train.root", "distributed.timeout_s")  # of these
-# Of a dataset, what decides how an image file becomes the network's input.
+USED = ("dataset.train.root", "distributed.timeout_s")  # but for these two
+# Options of a dataset that decide how an image file becomes the network's input.
 FOR_FILES = ("val.img_size", "val.crop_ratio", "interpolation", "mean", "std")
-# Of the network, what may differ from training: the rest decides what the weights compute.
+# Options of the network that may differ from training: all others decide what the weights compute.
 FREE = (
     "model.vit.dynamic_img_size",
     "model.vit.dynamic_img_pad",
@@ -60,11 +59,7 @@ FREE = (
 
 
 def load_model(source: Source, config: Config, device: torch.device) -> nn.Module:
-    """Return the network with the source's weights, unsharded, on `device` in eval mode.
-
-    Raises:
-        ValueError: Names or shapes are not the model's.
-    """
+    """Return the network with the source's weights, unsharded, on `device` in eval mode."""
     backend, _ = network.pick_backend(config, device)
     model = network.build_model(config, backend=backend, on_meta=False, device=device)
     try:
@@ -76,12 +71,7 @@ def load_model(source: Source, config: Config, device: torch.device) -> nn.Modul
 
 
 def check_used(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing, and a file that could not be written at the end.
-
-    Raises:
-        ValueError: There is one.
-        FileNotFoundError: The folder of --json is not there.
-    """
+    """Refuse arguments without effect, and an output that could not be written at the end."""
     if arguments.names and not arguments.images:
         raise ValueError(f"--names {arguments.names}: has no effect without --images")
     if arguments.per_class and arguments.images:
@@ -101,11 +91,7 @@ def check_used(arguments: argparse.Namespace) -> None:
 
 
 def restore(source: Source, overrides: list[str]) -> Config:
-    """Return the options of a source with `overrides`, none of which changes the network.
-
-    Raises:
-        ValueError: One does, or cannot be.
-    """
+    """Return the options of a source with `overrides`, none of which changes the network."""
     trained = {name: value for name, _, value in walk(compose.restore(source.config, []))}
     # Only training compares images: their fingerprints are not worth the reads here.
     config = compose.restore(source.config, [*overrides, "dataset.duplicates=ignore"])
@@ -174,11 +160,7 @@ def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> 
 def predict(
     model: nn.Module, config: Config, paths: list[Path], names: list[str]
 ) -> dict[str, list[tuple[str, float]]]:
-    """Return the most probable classes of each image file, with their probabilities.
-
-    Raises:
-        ValueError: A file is no image that can be read.
-    """
+    """Return the most probable classes of each image file, with their probabilities."""
     transform = loaders.val_transform(config)
     parameter = next(model.parameters())
     found = {}
@@ -192,11 +174,7 @@ def predict(
 
 
 def read_names(path: Path | None, num_classes: int, ids: Sequence[str]) -> list[str]:
-    """Return the classes' names, one per line of `path`; without it their ids, else numbers.
-
-    Raises:
-        ValueError: The file has another number of lines.
-    """
+    """Return the classes' names, one per line of `path`; without it their ids, else numbers."""
     if path is None:
         return list(ids) or [str(number) for number in range(num_classes)]
     names = path.read_text("utf-8").splitlines()
@@ -264,29 +242,12 @@ def run(arguments: argparse.Namespace) -> None:
             if world.is_main:
                 print_scores(result, origin=source.origin, per_class=arguments.per_class)
         if arguments.json and world.is_main:
-            with weight_files.in_place_of(arguments.json) as partial:
-                partial.write_text(json.dumps(result, indent=2) + "\n")
+            write_text(arguments.json, json.dumps(result, indent=2) + "\n")
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code and print one line for what a user did wrong."""
-    try:
-        run(parse(argv))
-    except (ValueError, OSError, ImportError, scoring.NonFiniteError) as error:
-        rank = launch.shown_rank()
-        print(f"error (rank {rank}): {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except RuntimeError as error:
-        lost = distributed.lost_rank(error)
-        if lost is None:
-            raise
-        rank = launch.shown_rank()
-        print(f"error (rank {rank}): {lost}", file=sys.stderr)
-        return EXIT_LOST_RANK
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return stopping.exit_code(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ FORMAT:
                   M3ViT's multi-task training: all experts, no head
     dcp           a checkpoint of the weights alone, from which a training run can start
 
-Files of ours carry the options of their run, so number of heads and routing are not guessed, and
-the ids of its classes. For a
-file that has none, --config-name and overrides as for train.py say what it is; names and shapes
-are then held to that model.
+Our own files carry the options of their run, so that heads and routing need not be guessed, and the
+ids of its classes. For a file without options, --config-name and overrides as for
+train.py say what it is; its names and shapes must then be those of that model.
 
 Examples:
     python export.py ckpts/vit --to timm --output vit.pth
@@ -31,7 +30,7 @@ Examples:
     python export.py timm.safetensors --config-name vit_small_patch16_224 --to dcp --output init
 
 Exit codes: 0 done, 2 something cannot be converted or written, 130 interrupted; one line on stderr
-says what. SIGTERM is 143. Whatever ends it, nothing half written is left.
+says what. After SIGTERM it is 143. Whatever ends it, it leaves nothing half written.
 """
 
 from __future__ import annotations
@@ -50,17 +49,17 @@ from typing import NoReturn
 
 from options.schema import ViTOptions
 from training.network import name_options
+from training.stopping import EXIT_USER_ERROR, exit_code
 from weights import files as weight_files
 from weights import formats
 from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
 from weights.formats import Json, MtlFile
 from weights.sources import BEST, Choice, Source, picked_metric, read_source
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")
 GB = 10**9
 MAX_SHARD_GB = 5.0
-# All that an export to a folder can be made of.
+# All files that an export to a folder can have.
 _EXPORTED = (MANIFEST, METADATA, STATE, weight_files.SINGLE_NAME, weight_files.INDEX_NAME)
 _EXPORTED_PARTS = re.compile(r"__\d+_\d+\.distcp|model-\d{5}-of-\d{5}\.safetensors")
 
@@ -70,7 +69,7 @@ def timm_call(config: Json, path: Path) -> str:
     vit = formats.option(config.get("model"), "vit")
     assert isinstance(vit, Mapping), "a section of the options"
     defaults = dataclasses.asdict(ViTOptions())
-    # Which do not shape the network, or are in the name of timm's model.
+    # These do not shape the network, or the name of timm's model says them.
     skipped = (
         "weight_init",
         "fix_init",
@@ -102,11 +101,7 @@ def _mtl_file(source: Source) -> MtlFile:
 
 
 def output_path(output: Path, to: str, *, pick: str) -> Path:
-    """Return the file or folder to write.
-
-    Raises:
-        ValueError: The name does not suit the format.
-    """
+    """Return the file or folder to write."""
     is_pickle = output.suffix in (".pt", ".pth")
     if to in ("torch", "timm") and not is_pickle:
         raise ValueError(f"--output {output}: must end in .pt or .pth")
@@ -118,11 +113,7 @@ def output_path(output: Path, to: str, *, pick: str) -> Path:
 
 
 def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
-    """Refuse to write over or into what is not an export.
-
-    Raises:
-        ValueError: Something is at `path`, or it is part of a checkpoint or of the source.
-    """
+    """Refuse to write over, or into, anything but an export."""
     whole, read = path.resolve(), source.resolve()
     if whole == read or whole in read.parents:
         raise ValueError(f"--output {path}: would replace the source")
@@ -146,11 +137,7 @@ def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
 
 
 def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
-    """Write `source` to `path` in the format `to`.
-
-    Raises:
-        ValueError: The format cannot express the model; the parameter or the option is named.
-    """
+    """Write `source` to `path` in the format `to`."""
     about = {"config": json.dumps(source.config)}
     if source.classes:
         about["classes"] = json.dumps(source.classes)
@@ -171,7 +158,7 @@ def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
 
 
 def notes(source: Source, path: Path, *, to: str) -> list[str]:
-    """Return what there is to say about a file that was written."""
+    """Return what a user should know about the file that was written."""
     lines = []
     if isinstance(source.content, MtlFile) and source.content.left_out:
         lines.append(f"note: left out {formats.listed(source.content.left_out)}")
@@ -211,11 +198,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_used(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that would do nothing.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuse arguments that would do nothing."""
     if arguments.overrides and arguments.config_name is None:
         raise ValueError(f"{arguments.overrides[0]}: has no effect without --config-name")
     limit = arguments.max_shard_gb
@@ -251,7 +234,7 @@ def _exit_by_signal(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _removing_partial_files() -> Iterator[None]:
-    """Let SIGTERM end the program as an error does, so that what is half written goes."""
+    """Let SIGTERM end the program as an error does, so that half-written files are deleted."""
     before = signal.signal(signal.SIGTERM, _exit_by_signal)
     try:
         yield
@@ -261,16 +244,12 @@ def _removing_partial_files() -> Iterator[None]:
 
 def main(argv: list[str]) -> int:
     """Run the command line; return its exit code."""
-    try:
+
+    def program() -> None:
         with _removing_partial_files():
             export(parse(argv))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+
+    return exit_code(program, has_ranks=False)
 
 
 if __name__ == "__main__":

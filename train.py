@@ -33,7 +33,7 @@ from images.batches import Batch
 from layers import te
 from options import compose
 from options.schema import Config
-from parallel import collectives, distributed, launch, sharding
+from parallel import collectives, distributed, sharding
 from parallel.distributed import World
 from training import (
     distillation,
@@ -52,10 +52,7 @@ from training.resume import Start, note_start, open_folder, open_logbook, resume
 from training.run import Run
 from training.saver import Saver
 from training.scoring import NonFiniteError
-from training.stopping import EXIT_STOPPED, Stopped, StopSignals, leave
-from weights.dcp_writer import NonFiniteTensorError
-
-EXIT_OPTIONS, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 5, 69, 130
+from training.stopping import Stopped, StopSignals, exit_code, leave
 
 
 @dataclasses.dataclass
@@ -335,15 +332,10 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
-def last_line(error: BaseException) -> str:
-    """Return what went wrong in one line; a loader worker's error has its traceback before it."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
-
-
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit code and print one line for what a user did wrong."""
-    try:
+
+    def program() -> None:
         config = parse(argv)
         with (
             distributed.process_group(
@@ -352,28 +344,8 @@ def main(argv: list[str]) -> int:
             feed.worker_losses(),
         ):
             train(config, world)
-    except (ValueError, OSError, ImportError, NonFiniteError) as error:
-        if "--debug" in argv:
-            raise
-        rank = launch.shown_rank()
-        print(f"error (rank {rank}): {last_line(error)}", file=sys.stderr, flush=True)
-        is_non_finite = isinstance(error, NonFiniteError | NonFiniteTensorError)
-        return EXIT_NON_FINITE if is_non_finite else EXIT_OPTIONS
-    except RuntimeError as error:
-        lost = distributed.lost_rank(error)
-        if lost is None or "--debug" in argv:
-            raise
-        rank = launch.shown_rank()
-        at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-        print(f"error (rank {rank}): {at}{lost}; the same command resumes", file=sys.stderr)
-        return EXIT_LOST_RANK
-    except Stopped as reason:
-        print(f"stopped: {reason}; the same command resumes", file=sys.stderr, flush=True)
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint, if any", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_code(program, is_training=True, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Time what training waits for a checkpoint, and loading it, against the disk's own speed.
+"""Time how long training waits for a checkpoint, and how long a load takes, against the disk.
 
     python -m benchmarks.checkpoint_save [--ranks 1] [--repeats 12] [--device cuda] [name=value ...]
 
-The weights and AdamW moments of a model under Megatron-FSDP, into new folders on one disk; the ways
-take turns. Every load is compared with what was saved. Rows:
+Saves the weights and AdamW moments of a model under Megatron-FSDP into new folders on one disk, in
+several ways that take turns. Every load is compared with what was saved. Rows:
   disk, write and sync   as many bytes of noise, one file, one thread: the floor of a save
   stock DCP, at once     torch.distributed.checkpoint.save: no digests, no commit, one thread
   moevit, at once        checkpoint.save
   moevit, background     the call and all polls until the checkpoint is on disk, training between
   ... until on disk      the same save from the call to the commit
-  disk, read             that file again, as far as the system lets go of it first: a load's floor
+  disk, read             that file again, once the system has dropped it from memory: a load's floor
   stock DCP, load        torch.distributed.checkpoint.load
   moevit, load           checkpoint.find_newest, which reads and verifies all, and checkpoint.load
 """
@@ -41,7 +41,6 @@ from benchmarks import common, folders
 from options import compose
 from parallel import collectives, distributed
 from training import prepare
-from training.run_folder import Swept
 from weights import dcp_writer
 from weights.background import AsyncSaver, Committed
 from weights.dcp_writer import TensorTree
@@ -98,7 +97,7 @@ def read_file(path: Path) -> None:
 
 
 def forget(root: Path) -> None:
-    """Ask the system to let go of the files that it keeps in memory, so that they are read."""
+    """Ask the system to drop the files from memory, so that the disk is read."""
     for path in root.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -106,13 +105,13 @@ def forget(root: Path) -> None:
 
 
 def stock(root: Path, tensors: TensorTree) -> None:
-    """Save with what torch has."""
+    """Save as torch does."""
     writer = FileSystemWriter(root / "stock", thread_count=1)
     state_dict_saver.save(dict(tensors), storage_writer=writer)
 
 
 def stock_load(root: Path, tensors: TensorTree) -> None:
-    """Load that with what torch has."""
+    """Load that as torch does."""
     state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(root / "stock"))
 
 
@@ -127,8 +126,8 @@ def background(saver: AsyncSaver, root: Path, tensors: TensorTree) -> tuple[floa
     """Save in the background; return (milliseconds that training waited, until it was on disk)."""
     dist.barrier()
     started = time.perf_counter()
-    keep = functools.partial(Swept, failed={})
-    saver.begin(root, tensors, state=STATE, loss=1.0, retention=keep)  # type: ignore[arg-type]
+    keep_all = functools.partial(dict.fromkeys, ())  # the worker imports what it is sent
+    saver.begin(root, tensors, state=STATE, loss=1.0, retention=keep_all)  # type: ignore[arg-type]
     waited = time.perf_counter() - started
     outcome = None
     while outcome is None:

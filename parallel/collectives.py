@@ -3,7 +3,7 @@
     one rank's outcome -> broadcast_or_raise -> every rank has the value, or raises the same error
     x_RD -> ExpertExchange.rows -> the rows that the peers sent to the experts here
 
-All of them are entered by every rank, or the others wait until distributed.timeout_s.
+Every rank must enter each of them, or the others wait until distributed.timeout_s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def capture(function: Callable[..., T], *arguments: object) -> T | Exception:
 
 
 def from_main(value: T) -> T:
-    """Return rank 0's `value` on every rank, so that a decision is taken once. Collective."""
+    """Return rank 0's `value` on every rank, so that one rank decides. Collective."""
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
@@ -68,8 +68,7 @@ def scatter(values: list[T]) -> T:
 
 def require_equal(name: str, value: str) -> None:
     """Raise ValueError on every rank if `value` differs between ranks. Collective."""
-    values: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = all_gather(value)
     for rank, item in enumerate(values):
         if item != values[0]:
             pairs = zip_longest(values[0].splitlines(), item.splitlines(), fillvalue="nothing")
@@ -119,8 +118,8 @@ def _group(name: str) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-# Custom ops, so that a compiled block has them inside of its graph: they take the group by name,
-# and how many rows arrive is known when they run only.
+# Custom ops, so that a compiled block has them in its graph and not a break around each. They take
+# the group by name, since a graph holds no objects; how many rows arrive is known only at run time.
 @torch.library.custom_op("moevit::exchange_counts", mutates_args=())
 def _exchange_counts(send_Ee: Tensor, group: str) -> Tensor:
     received_Ee = torch.empty_like(send_Ee, memory_format=torch.contiguous_format)
@@ -173,7 +172,7 @@ _exchange_rows.register_autograd(_differentiate_exchange, setup_context=_keep_fo
 
 @dataclass(frozen=True)
 class ExpertExchange:
-    """The expert-parallel group of this rank, as moe.py sees it: who has which expert, and mail."""
+    """This rank's expert-parallel group as moe.py sees it: its size, and how to exchange rows."""
 
     size: int
     rank: int
@@ -188,8 +187,8 @@ class ExpertExchange:
     ) -> Tensor:
         """Send `send_P[p]` rows to each peer p, in order, and return what arrives; differentiable.
 
-        The counts are on the host. Rows of x_RD behind those that are sent stay here and get a
-        gradient of zero; rows of zeros follow what arrives, to make up `num_rows` of them.
+        The counts are on the host. Rows of x_RD after those that are sent stay here and get a
+        gradient of zero. Rows of zeros follow what arrives, up to `num_rows` in all.
         """
         return _exchange_rows(x_RD, send_P, receive_P, num_rows, self.group)
 

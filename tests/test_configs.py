@@ -22,7 +22,7 @@ from layers import te
 from options import checks, compose, schema
 from options.schema import DistillationOptions, InitOptions, MoEOptions
 from parallel import collectives
-from training import network, prepare
+from training import network, prepare, stopping
 
 ROOT = compose.CONFIG_DIR.parent
 FILES = sorted(compose.CONFIG_DIR.glob("*.yaml"))
@@ -628,7 +628,7 @@ def test_missing_transformer_engine_ends_the_command_with_one_line(monkeypatch, 
     monkeypatch.setattr(te, "transformer_engine", no_engine)
     cuda = torch.device("cuda")
     monkeypatch.setattr(train, "parse", lambda _: te.resolve_backend("te", cuda))
-    assert train.main([]) == train.EXIT_OPTIONS
+    assert train.main([]) == stopping.EXIT_USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert "config model.backend=te" in line
 

@@ -11,7 +11,6 @@ import torch
 
 import checkpoint
 from tests.support import faults
-from training.run_folder import Swept
 from weights import verify
 from weights.background import AsyncSaver, Committed
 
@@ -19,7 +18,7 @@ STATE = {"step": 1, "metrics": {}}
 
 
 # The worker imports what it is sent, so nothing of this file.
-KEEP_ALL = functools.partial(Swept, failed={})
+KEEP_ALL = functools.partial(dict.fromkeys, ())
 
 
 def begin(saver, root, content, step=1):
@@ -34,29 +33,122 @@ def value_in(folder):
     return faults.value_of(content)
 
 
-def mutate_at_once(world, root):
-    saver = AsyncSaver(timeout_s=60)
+def mutate_at_once(world, saver, root):
     content = faults.tensors(0.0)
     found = []
-    try:
-        for trial in range(20):
-            for tensor in content["model"].values():
-                tensor.fill_(float(trial))
-            begin(saver, root, content, step=trial)
-            for tensor in content["model"].values():
-                tensor.fill_(-5.0)
-            outcome = saver.drain()
-            assert isinstance(outcome, Committed), outcome
-            found.append(value_in(outcome.folder))
-    finally:
-        saver.close()
+    for trial in range(20):
+        for tensor in content["model"].values():
+            tensor.fill_(float(trial))
+        begin(saver, root, content, step=trial)
+        for tensor in content["model"].values():
+            tensor.fill_(-5.0)
+        outcome = saver.drain()
+        assert isinstance(outcome, Committed), outcome
+        found.append(value_in(outcome.folder))
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_saved_values_are_those_at_the_call(ranks, tmp_path, world_size):
-    found = ranks(world_size, mutate_at_once, tmp_path)
-    assert found == [[float(trial) for trial in range(20)]] * world_size
+def requests_to_stop(world, saver, root):
+    saver.prepare(faults.tensors(1.0))
+    saver.worker.wait_ready()
+    worker = saver.worker.process.pid
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker, number)
+    begin(saver, root, faults.tensors(1.0))
+    return isinstance(saver.drain(), Committed) and saver.worker.process.pid == worker
+
+
+def not_finite(world, saver, root):
+    content = faults.tensors(1.0)
+    content["model"]["b"][3, 3] = float("nan")
+    begin(saver, root, content)
+    outcome = saver.drain()
+    assert type(outcome) is checkpoint.NonFiniteTensorError
+    return str(outcome)
+
+
+def equal_files(world, saver, root):
+    """What is written in the background is what is written at once, byte for byte."""
+    content = {"model": {"w": torch.randn(40, 3), "s": torch.tensor(3.0)}}
+    begin(saver, root, content)
+    behind = saver.drain().folder
+    at_once = checkpoint.save(root, content, state=STATE, loss=1.0)
+    names = {path.name for path in behind.glob("*.distcp")}
+    assert names and names == {path.name for path in at_once.glob("*.distcp")}
+    return all((behind / name).read_bytes() == (at_once / name).read_bytes() for name in names)
+
+
+def large_message(world, saver, root):
+    """Thousands of tensors have a plan of megabytes, more than a pipe takes before it is read."""
+    content = {"model": {f"layer.{n}": torch.ones(2) for n in range(3000)}}
+    saver.prepare(content)
+    os.kill(saver.worker.process.pid, signal.SIGSTOP)
+    begin(saver, root, content)
+    assert saver.poll() is None
+    os.kill(saver.worker.process.pid, signal.SIGCONT)
+    return isinstance(saver.drain(), Committed)
+
+
+def another_form(world, saver, root):
+    """Tensors of other names and sizes than before get a new plan and enough memory."""
+    found = []
+    for step, size in enumerate((3, 50000, 0, 7), start=1):
+        content = {"model": {f"w{size}": torch.full((size, 2), float(step))}}
+        begin(saver, root, content, step=step)
+        outcome = saver.drain()
+        assert isinstance(outcome, Committed), outcome
+        empty = {"model": {f"w{size}": torch.zeros(size, 2)}}
+        checkpoint.load(verify.verify(outcome.folder), empty)
+        found.append(torch.equal(empty["model"][f"w{size}"], content["model"][f"w{size}"]))
+    return found
+
+
+# None of these ends the worker, which takes seconds to start: they share one on each rank.
+SHARED = [mutate_at_once, requests_to_stop, not_finite, equal_files, large_message, another_form]
+
+
+def with_one_worker(world, root):
+    saver = AsyncSaver(timeout_s=60)
+    try:
+        return {check.__name__: check(world, saver, root / check.__name__) for check in SHARED}
+    finally:
+        saver.close()
+
+
+@pytest.fixture(scope="module")
+def shared(ranks, tmp_path_factory):
+    """The folder in which each check of SHARED has one, and by rank what they returned."""
+    root = tmp_path_factory.mktemp("shared")
+    for check in SHARED:
+        (root / check.__name__).mkdir()
+    return root, ranks(2, with_one_worker, root)
+
+
+def test_saved_values_are_those_at_the_call(shared):
+    for found in shared[1]:
+        assert found["mutate_at_once"] == [float(trial) for trial in range(20)]
+
+
+def test_a_request_to_stop_does_not_end_the_worker(shared):
+    assert [found["requests_to_stop"] for found in shared[1]] == [True, True]
+
+
+def test_weights_that_are_not_finite_are_not_committed(shared):
+    root, results = shared
+    assert "model.b is not finite" in results[0]["not_finite"]
+    assert list((root / "not_finite").iterdir()) == []
+
+
+def test_both_ways_write_the_same_bytes(shared):
+    assert shared[1][0]["equal_files"]
+
+
+def test_a_pipe_message_larger_than_the_pipe_does_not_hold_up_the_call(shared):
+    assert all(found["large_message"] for found in shared[1])
+
+
+def test_the_memory_follows_the_tensors(shared):
+    assert [found["another_form"] for found in shared[1]] == [[True] * 4] * 2
 
 
 def kill_the_worker(world, root, when):
@@ -145,99 +237,6 @@ def test_a_worker_ends_with_its_trainer_even_if_loader_processes_do_not(ranks, t
         assert not is_alive(worker)
     finally:
         os.kill(child, signal.SIGKILL)
-
-
-def requests_to_stop(world, root):
-    saver = AsyncSaver(timeout_s=60)
-    try:
-        saver.prepare(faults.tensors(1.0))
-        saver.worker.wait_ready()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(saver.worker.process.pid, number)
-        begin(saver, root, faults.tensors(1.0))
-        return isinstance(saver.drain(), Committed)
-    finally:
-        saver.close()
-
-
-def test_a_request_to_stop_does_not_end_the_worker(ranks, tmp_path):
-    assert ranks(1, requests_to_stop, tmp_path) == [True]
-
-
-def not_finite(world, root):
-    saver = AsyncSaver(timeout_s=60)
-    content = faults.tensors(1.0)
-    content["model"]["b"][3, 3] = float("nan")
-    try:
-        begin(saver, root, content)
-        outcome = saver.drain()
-        assert type(outcome) is checkpoint.NonFiniteTensorError
-        return str(outcome)
-    finally:
-        saver.close()
-
-
-def test_weights_that_are_not_finite_are_not_committed(ranks, tmp_path):
-    assert "model.b is not finite" in ranks(2, not_finite, tmp_path)[0]
-    assert list(tmp_path.iterdir()) == []
-
-
-def another_form(world, root):
-    """Tensors of other names and sizes than before get a new plan and enough memory."""
-    saver = AsyncSaver(timeout_s=60)
-    found = []
-    try:
-        for step, size in enumerate((3, 5000, 0, 7), start=1):
-            content = {"model": {f"w{size}": torch.full((size, 2), float(step))}}
-            begin(saver, root, content, step=step)
-            outcome = saver.drain()
-            assert isinstance(outcome, Committed), outcome
-            empty = {"model": {f"w{size}": torch.zeros(size, 2)}}
-            checkpoint.load(verify.verify(outcome.folder), empty)
-            found.append(torch.equal(empty["model"][f"w{size}"], content["model"][f"w{size}"]))
-    finally:
-        saver.close()
-    return found
-
-
-def test_the_memory_follows_the_tensors(ranks, tmp_path):
-    assert ranks(2, another_form, tmp_path) == [[True] * 4] * 2
-
-
-def equal_files(world, root):
-    """What is written in the background is what is written at once, byte for byte."""
-    content = {"model": {"w": torch.randn(40, 3), "s": torch.tensor(3.0)}}
-    saver = AsyncSaver(timeout_s=60)
-    try:
-        begin(saver, root, content)
-        behind = saver.drain().folder
-    finally:
-        saver.close()
-    at_once = checkpoint.save(root, content, state=STATE, loss=1.0)
-    return (behind / "__0_0.distcp").read_bytes() == (at_once / "__0_0.distcp").read_bytes()
-
-
-def test_both_ways_write_the_same_bytes(ranks, tmp_path):
-    assert ranks(1, equal_files, tmp_path) == [True]
-
-
-def test_a_pipe_message_larger_than_the_pipe_does_not_hold_up_the_call(ranks, tmp_path):
-    """Thousands of tensors have a plan of megabytes; the worker may be starting when it comes."""
-
-    def call(world):
-        content = {"model": {f"layer.{n}": torch.ones(2) for n in range(3000)}}
-        saver = AsyncSaver(timeout_s=60)
-        try:
-            saver.prepare(content)
-            os.kill(saver.worker.process.pid, signal.SIGSTOP)
-            begin(saver, tmp_path, content)
-            assert saver.poll() is None
-            os.kill(saver.worker.process.pid, signal.SIGCONT)
-            return isinstance(saver.drain(), Committed)
-        finally:
-            saver.close()
-
-    assert ranks(1, call) == [True]
 
 
 def test_the_worker_is_not_a_fork(ranks, tmp_path):

@@ -15,7 +15,7 @@ import checkpoint
 from tests.support import faults
 from weights import dcp_writer
 
-KILLS = 200
+KILLS = 120
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("is_same_step", [False, True], ids=["new folders", "an existing step"])
-def test_200_kills_lose_nothing_that_was_acknowledged(folder, is_same_step):
+def test_120_kills_lose_nothing_that_was_acknowledged(folder, is_same_step):
     tally = faults.kill_saves(
         faults.Ours, folder, trials=KILLS, is_same_step=is_same_step, seed=KILLS
     )

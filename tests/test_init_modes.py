@@ -21,8 +21,7 @@ from tests.support.sharded import parts, worst_error
 from training import loaders, network, prepare, pretrained
 from weights import upcycling, warm_start
 from weights.provenance import in_short
-from weights.upcycling import ExpertFacts, Plan
-from weights.warm_start import Target
+from weights.upcycling import ExpertFacts, Job, Plan, Target
 
 DIM, HIDDEN, CLASSES = 24, 96, 7
 SIZES = {"patch_size": 4, "embed_dim": DIM, "depth": 2, "num_heads": 3}
@@ -98,7 +97,7 @@ def begin(model, source, plan, experts=None, **more):
         seed=5,
         experts=experts,
     )
-    initial = warm_start.initial_weights(source, target=target, plan=plan, origin="it", **more)
+    initial = warm_start.initial_weights(Job(source, target, plan, "it", **more))
     with torch.no_grad():
         for name, value in initial.values.items():
             assert value().shape == model.get_parameter(name).shape, name
@@ -202,31 +201,31 @@ def test_a_shared_expert_adds_nothing_at_first(dense, image_BCHW):
 
 def test_noise_among_parts_is_a_caveat(dense):
     _, initial = upcycled(dense, HIDDEN // 2, 4, 2, "noisy", True, gate="virtual_group")
-    assert initial.effect.endswith("but for what training does to the choice of experts")
+    assert initial.effect.endswith("except for routing noise and dropped rows in training")
 
 
 @pytest.mark.parametrize("changed", [{"drops_rows": True}, {"is_noisy": True}])
 def test_for_copies_only_a_capacity_is_a_caveat(dense, changed):
     experts = dataclasses.replace(facts(4, 2, "softmax", True), **changed)
     initial = begin(moe_vit(HIDDEN, 4, 2), dense.state_dict(), Plan(mode=UPCYCLING), experts)
-    assert ("but for what training does" in initial.effect) == ("drops_rows" in changed)
+    assert ("except for routing noise" in initial.effect) == ("drops_rows" in changed)
 
 
 def test_gates_of_virtual_groups_differ_between_blocks_and_seeds(dense):
     recipe = upcycling.Recipe("split", 2)
     plan = Plan(mode=UPCYCLING, gate="virtual_group")
-    gates = [
-        upcycling.made_entry(
-            f"blocks.{block}.mlp.router.gate.weight",
-            torch.Size((4, DIM)),
-            recipe=recipe,
-            source=dense.state_dict(),
-            facts=facts(4, 2, "softmax", True),
-            plan=plan,
+    gates = []
+    for block, seed in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        name = f"blocks.{block}.mlp.router.gate.weight"
+        target = Target(
+            shapes={name: torch.Size((4, DIM))},
+            grid_hw=(1, 1),
+            num_pos_prefix=1,
             seed=seed,
-        ).value()
-        for block, seed in ((0, 0), (1, 0), (0, 1), (0, 0))
-    ]
+            experts=facts(4, 2, "softmax", True),
+        )
+        job = Job(dense.state_dict(), target, plan, "it")
+        gates.append(upcycling.made_entry(job, name, recipe).value())
     assert torch.equal(gates[0], gates[3])
     assert not torch.equal(gates[0], gates[1])
     assert not torch.equal(gates[0], gates[2])

@@ -1,6 +1,7 @@
 """A checkpoint of one mesh and ZeRO strategy loads exactly into every other."""
 
-import pytest
+import itertools
+
 import torch
 
 import checkpoint
@@ -34,53 +35,66 @@ def tensors(shards, optimizer):
     }
 
 
-def train_and_save(world, mesh, root):
-    model, shards, optimizer = build(world, mesh, seed=0)
-    for step in range(2):
-        run_step(world, model, shards, optimizer, step=step, accum=1)
-    checkpoint.save(root, tensors(shards, optimizer), state={"step": 2, "metrics": {}}, loss=1.0)
-    saved = everything(shards, optimizer)
-    run_step(world, model, shards, optimizer, step=2, accum=1)
-    return saved, everything(shards, optimizer)
+def save(shards, optimizer, root, step):
+    state = {"step": step, "metrics": {}}
+    checkpoint.save(root, tensors(shards, optimizer), state=state, loss=1.0)
 
 
-def load_and_go_on(world, mesh, root):
-    model, shards, optimizer = build(world, mesh, seed=1)
-    found, _ = checkpoint.find_newest(root)
-    checkpoint.load(found, tensors(shards, optimizer))
-    sharding.install_weights(model)
-    loaded = everything(shards, optimizer)
-    run_step(world, model, shards, optimizer, step=2, accum=1)
-    return loaded, everything(shards, optimizer)
+def one_more_step(world, built, step):
+    run_step(world, *built, step=step, accum=1)
+    _, shards, optimizer = built
+    return everything(shards, optimizer)
+
+
+def go_round(world, meshes, root, step):
+    """On each mesh in turn: load, take a step, save that, and take another one.
+
+    Returns, per mesh, what was loaded, what the next mesh must find, and what it must do with it.
+    """
+    found = []
+    for mesh in meshes:
+        built = model, shards, optimizer = build(world, mesh, seed=step)
+        newest, _ = checkpoint.find_newest(root)
+        loaded = None
+        if newest is not None:
+            checkpoint.load(newest, tensors(shards, optimizer))
+            sharding.install_weights(model)
+            loaded = everything(shards, optimizer)
+        saved = one_more_step(world, built, step)
+        step += 1
+        save(shards, optimizer, root, step)
+        found.append((loaded, saved, one_more_step(world, built, step)))
+    return found
 
 
 FSDP, HSDP = {"strategy": 3}, {"strategy": 3, "outer": 2}
 HFSDP = {"strategy": 3, "outer": 2, "outer_strategy": "optim"}
+# One after another, and in the end the first again: each is loaded from another and into another.
+RING = [
+    (1, [FSDP]),
+    (4, [HSDP, HFSDP]),
+    (2, [{"strategy": 2}, {"strategy": 1}, {"strategy": 0}, FSDP]),
+    (1, [FSDP]),
+]
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((2, FSDP), (1, FSDP)),
-        ((1, FSDP), (4, HSDP)),
-        ((4, HSDP), (2, {"strategy": 2})),
-        ((4, HFSDP), (2, FSDP)),
-        ((2, FSDP), (4, HFSDP)),
-        ((2, {"strategy": 1}), (2, FSDP)),
-        ((2, {"strategy": 0}), (2, FSDP)),
-        ((2, FSDP), (2, {"strategy": 0})),
-    ],
-    ids=str,
-)
-def test_weights_and_moments_move_between_meshes_exactly(ranks, tmp_path, before, after):
-    saved = ranks(before[0], train_and_save, before[1], tmp_path)
-    loaded = ranks(after[0], load_and_go_on, after[1], tmp_path)
-    old, new = gather([r[0] for r in saved]), gather([r[0] for r in loaded])
-    assert old.keys() == new.keys()
-    for name, tensor in old.items():
-        assert torch.equal(tensor, new[name]), name
-    assert loaded[0][0][1] == {2.0}, "Adam's step count"
-    # The loaded weights are also what the forward uses: one more step agrees.
-    old, new = gather([r[1] for r in saved]), gather([r[1] for r in loaded])
-    for name, tensor in old.items():
-        assert (tensor - new[name]).norm() <= 1e-5 * tensor.norm(), name
+def test_weights_and_moments_move_between_meshes_exactly(ranks, tmp_path):
+    found = []  # by mesh: (mesh, what was loaded, saved and made of it next, gathered, and counts)
+    step = 0
+    for size, meshes in RING:
+        by_rank = ranks(size, go_round, meshes, tmp_path, step)
+        for number, mesh in enumerate(meshes):
+            parts = list(zip(*(found_here[number] for found_here in by_rank), strict=True))
+            found.append(((size, mesh), *parts))
+        step += len(meshes)
+    for number, (before, after) in enumerate(itertools.pairwise(found), start=1):
+        pair = f"{before[0]} -> {after[0]}"
+        old, new = gather(before[2]), gather(after[1])
+        assert old.keys() == new.keys(), pair
+        for name, tensor in old.items():
+            assert torch.equal(tensor, new[name]), f"{pair}: {name}"
+        assert after[1][0][1] == {float(number)}, f"{pair}: Adam's step count"
+        # The loaded weights are also what the forward uses: one more step agrees.
+        old, new = gather(before[3]), gather(after[2])
+        for name, tensor in old.items():
+            assert (tensor - new[name]).norm() <= 1e-5 * tensor.norm(), f"{pair}: {name}"

@@ -13,7 +13,7 @@ import torch
 import train
 from imagenet_dataset import epoch_permutation, step_positions
 from images.cache import index_images
-from images.index import select
+from images.index import digest, select
 from options import compose, schema
 from parallel.distributed import World
 from tests.support.datasets import put
@@ -70,6 +70,27 @@ def updates(run):
 def saved_by(run):
     state = json.loads(json.dumps(resume.facts(run, step=3, figures={})))
     return verify.Checkpoint(Path("step_3"), state)
+
+
+# The state of a checkpoint of commit b4c7a8c: vit_moe_tiny_patch8_64 after 20 updates on two ranks.
+OLD = json.loads((Path(__file__).parent / "support/state_b4c7a8c.json").read_text())
+
+
+def flat(options):
+    return dict(resume._flatten(json.loads(json.dumps(options))))
+
+
+def test_an_older_checkpoints_options_are_restored_as_they_were():
+    """Whatever moves in the code, names, places and values of options are those on disk."""
+    restored = flat(dataclasses.asdict(compose.restore(OLD["config"], [])))
+    assert flat(OLD["config"]).items() <= restored.items()
+
+
+def test_an_older_checkpoint_can_be_gone_on_from(images):
+    now = run_of(compose.restore(OLD["config"], []), images, world=OLD["world_size"])
+    data = {"train_images": len(images), "dataset_sha256": digest(images)}
+    found = verify.Checkpoint(Path("step_20"), OLD | data)
+    assert resume.check_resumable(now, found) == []
 
 
 # options -> what the refusal names

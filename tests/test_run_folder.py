@@ -1,9 +1,11 @@
 """One run at a time in a folder, room for its saves, and which of them are kept."""
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -40,9 +42,14 @@ def left(root) -> set[int]:
     return steps(root.iterdir())
 
 
+def retention(known, protected=(), **options):
+    kept = {"known": frozenset(known), "protected": frozenset(protected)}
+    return run_folder.Retention(**kept, **(options or OPTIONS))
+
+
 def test_the_newest_and_the_best_validated_stay(tmp_path, five):
-    swept = run_folder.sweep(tmp_path, known=five, protected=(), **OPTIONS)
-    assert (steps(swept.deleted), swept.failed) == ({2, 3}, {})
+    assert steps(retention(five).surplus(tmp_path)) == {2, 3}
+    assert retention(five).sweep(tmp_path) == {}
     assert left(tmp_path) == {1, 4, 5}
 
 
@@ -60,33 +67,33 @@ def test_the_newest_and_the_best_validated_stay(tmp_path, five):
 )
 def test_how_many_of_each_stay(tmp_path, five, keep_last, keep_best, metric, expected):
     options = {"keep_last": keep_last, "keep_best": keep_best, "metric": metric}
-    run_folder.sweep(tmp_path, known=five, protected=(), **options)
+    retention(five, **options).sweep(tmp_path)
     assert left(tmp_path) == expected
 
 
 def test_only_known_checkpoints_count(tmp_path, five):
     """Three torn newer ones do not push out the two that can be resumed from."""
     known = five[:2]
-    run_folder.sweep(tmp_path, known=known, protected=(), **OPTIONS)
+    retention(known).sweep(tmp_path)
     assert steps(tmp_path.iterdir()) == {1, 2, 3, 4, 5}, "nothing known is surplus"
-    run_folder.sweep(tmp_path, known=five[:4], protected=(), **OPTIONS)
+    retention(five[:4]).sweep(tmp_path)
     assert steps(tmp_path.iterdir()) == {1, 3, 4, 5}, "5 is unknown: neither counted nor older"
 
 
 def test_an_unknown_one_that_may_be_the_best_stays(tmp_path, five):
-    run_folder.sweep(tmp_path, known=five[1:], protected=(), **OPTIONS)
+    retention(five[1:]).sweep(tmp_path)
     assert left(tmp_path) == {1, 4, 5}
 
 
 def test_what_is_protected_stays(tmp_path, five):
-    run_folder.sweep(tmp_path, known=five, protected=five[1:3], **OPTIONS)
+    retention(five, five[1:3]).sweep(tmp_path)
     assert left(tmp_path) == {1, 2, 3, 4, 5}
 
 
 def test_nothing_is_read_to_decide(tmp_path, five, monkeypatch):
     monkeypatch.setattr(dcp_writer, "sha256", lambda path: pytest.fail("hashed"))
     monkeypatch.setattr(verify, "sha256", lambda path: pytest.fail("hashed"))
-    run_folder.sweep(tmp_path, known=five, protected=(), **OPTIONS)
+    retention(five).sweep(tmp_path)
 
 
 def test_what_unfinished_saves_left_is_swept(tmp_path, five):
@@ -94,7 +101,7 @@ def test_what_unfinished_saves_left_is_swept(tmp_path, five):
         (tmp_path / name).mkdir()
     for name in (".staging-9-abc", "notes", ".trash"):
         (tmp_path / name).mkdir()
-    run_folder.sweep(tmp_path, known=five, protected=(), **OPTIONS)
+    retention(five).sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {f.name for f in five} == {
         ".staging-9-abc",
         "notes",
@@ -108,19 +115,19 @@ def test_a_deletion_that_fails_is_named_and_leaves_no_half(tmp_path, five, monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os if call == "rename" else shutil, call, refuse)
-    swept = run_folder.sweep(tmp_path, known=five, protected=(), **OPTIONS)
-    assert len(swept.failed) == 2
-    assert all("Permission denied" in reason for reason in swept.failed.values())
+    failed = retention(five).sweep(tmp_path)
+    assert len(failed) == 2
+    assert all("Permission denied" in reason for reason in failed.values())
     monkeypatch.undo()
     whole = [path for path in tmp_path.iterdir() if path.name.startswith("step_")]
     assert all(verify.verify(folder) for folder in whole)
-    run_folder.sweep(tmp_path, known=five, protected=(), **OPTIONS)
+    retention(five).sweep(tmp_path)
     assert left(tmp_path) == {1, 4, 5}, "the next sweep does it"
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
-    swept = run_folder.sweep(tmp_path / "x", known=(), protected=(), **OPTIONS)
-    assert list(swept.failed) == [tmp_path / "x"]
+    failed = retention(()).sweep(tmp_path / "x")
+    assert list(failed) == [tmp_path / "x"]
 
 
 def hold(world, root, is_held, may_end):
@@ -176,11 +183,16 @@ def test_a_killed_runs_lock_does_not_hold(ranks, tmp_path):
 def test_loader_processes_do_not_keep_the_lock(ranks, tmp_path):
     """They can outlive a killed run by seconds; its successor must not be refused for that."""
     context = multiprocessing.get_context("fork")
-    may_end = context.Event()
+    may_end, lock = context.Event(), tmp_path / run_folder.LOCK
 
     def die_with_a_child(world):
         with run_folder.locked(tmp_path):
             if os.fork() == 0:
+                # It keeps the lock's file alone: with the pipe open, `ranks` would wait for it.
+                for descriptor in list(Path("/proc/self/fd").iterdir()):
+                    with contextlib.suppress(OSError):
+                        if descriptor.readlink() != lock:
+                            os.close(int(descriptor.name))
                 may_end.wait(60)
                 os._exit(0)
             os._exit(9)

@@ -1,9 +1,9 @@
-"""Begin a run with weights from elsewhere: read once, share, install, and say what came from where.
+"""Begin a run with given weights: read once, share, install, and say where each came from.
 
     file, folder or model of timm -> rank 0 reads -> all ranks have it -> warm_start.initial_weights
         -> each rank's part of the main weights and of their average -> init.txt, log.jsonl
 
-A resumed run has its weights in its checkpoint and reads nothing here.
+A resumed run has its weights in its own checkpoint and reads nothing here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from training.logbook import Logbook
 from training.run import Run
 from vit import VisionTransformer
 from weights import formats, warm_start
+from weights.files import write_text
 from weights.formats import MtlFile, Weights
 from weights.provenance import LOADED, Initial
 from weights.sources import Choice, Source, other_classes, read_source
-from weights.upcycling import ExpertFacts, Plan
-from weights.warm_start import Target
+from weights.upcycling import ExpertFacts, Job, Plan, Target
 
 TABLE, HEAD = "init.txt", "head.weight"
 
@@ -46,9 +46,9 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """What a run began with; `origin` and `num_heads` are of the checkpoint, if there was one.
+    """What a run began with; `origin` and `num_heads` are the checkpoint's, if there was one.
 
-    `other_classes` says where its head, which is used, has classes of other ids.
+    `other_classes` says how the classes of its head, if that is used, differ from the dataset's.
     """
 
     mode: str
@@ -82,7 +82,7 @@ def _options(source: Source) -> Mapping[str, object]:
 
 
 def _read_source(path: Path) -> tuple[Source, Weights]:
-    """Read whatever is at `path`; return apart what a distilled model of M3ViT has besides."""
+    """Read what is at `path`, and apart from it what a distilled model of M3ViT has in addition."""
     source = read_source(path, Choice())
     if not isinstance(source.content, MtlFile):
         return source, {}
@@ -111,12 +111,7 @@ def _from_timm(name: str) -> Pretrained:
 
 
 def read(checkpoint: str) -> Pretrained:
-    """Read a file or folder, or a model of timm where there is none of that name.
-
-    Raises:
-        FileNotFoundError: There is neither.
-        ValueError: It cannot be read, or holds the weights of something else.
-    """
+    """Read a file or folder, or the model of timm of that name if there is neither."""
     path = Path(checkpoint).expanduser()
     if path.exists():
         source, second = _read_source(path)
@@ -138,12 +133,7 @@ def read(checkpoint: str) -> Pretrained:
 
 
 def read_on_main(checkpoint: str, *, is_main: bool) -> Pretrained:
-    """Read on rank 0 and return it on every rank, in fp32 on the CPU. Collective.
-
-    Raises:
-        OSError: On every rank, if rank 0 cannot read it.
-        ValueError: The same.
-    """
+    """Read on rank 0 and return it on every rank, in fp32 on the CPU. Collective."""
     found = capture(read, checkpoint) if is_main else None
     about: Pretrained | Exception | None = found
     if isinstance(found, Pretrained):
@@ -213,10 +203,8 @@ def begin(run: Run) -> Beginning:
     """
     o, target = run.config.init, _target(run)
     if o.checkpoint is None:
-        plan = Plan(mode="scratch")
-        return Beginning(
-            "scratch", warm_start.initial_weights({}, target=target, plan=plan, origin="")
-        )
+        job = Job({}, target, Plan(mode="scratch"), origin="")
+        return Beginning("scratch", warm_start.initial_weights(job))
     found = read_on_main(o.checkpoint, is_main=run.world.is_main)
     num_heads, origin = run.config.model.vit.num_heads, f"config init.checkpoint={o.checkpoint}"
     if found.num_heads not in (None, num_heads):
@@ -229,13 +217,8 @@ def begin(run: Run) -> Beginning:
     weights = found.weights
     if "dist_token" not in target.shapes:
         weights = warm_start.without_distillation(weights)
-    initial = warm_start.initial_weights(
-        weights,
-        target=target,
-        plan=Plan(mode=mode, experts=o.experts, gate=o.gate, gate_std=o.gate_std),
-        origin=origin,
-        source_grid_hw=found.grid_hw,
-    )
+    plan = Plan(mode=mode, experts=o.experts, gate=o.gate, gate_std=o.gate_std)
+    initial = warm_start.initial_weights(Job(weights, target, plan, origin, found.grid_hw))
     _install(run, initial, origin=origin)
     left_out = [*initial.left_out, *(name for name in found.weights if name not in weights)]
     initial = dataclasses.replace(initial, left_out=left_out)
@@ -251,10 +234,8 @@ def note(run: Run, logbook: Logbook, beginning: Beginning | None) -> None:
             logbook.event("init", ignored=run.config.init.checkpoint, why="the run is resumed")
         return
     if run.world.is_main:
-        staged = run.folder / f".{TABLE}.staging"
         head = [f"mode: {beginning.mode}", f"checkpoint: {beginning.origin}", ""]
-        staged.write_text("\n".join([*head, *beginning.initial.lines()]) + "\n")
-        staged.replace(run.folder / TABLE)
+        write_text(run.folder / TABLE, "\n".join([*head, *beginning.initial.lines()]) + "\n")
     if beginning.origin is None:  # the line of the run says so
         return
     width = run.config.model.vit.embed_dim // run.config.model.vit.num_heads

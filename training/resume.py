@@ -22,10 +22,12 @@ from training.logbook import Logbook, versions
 from training.run import Run
 from weights import dcp_writer, verify
 from weights import sources as weight_sources
+from weights.files import write_text
 
-# What decides which images an update has, and how often each. Not the rank's batch, the workers or
-# the decoder: the same images come in another arrangement, or with the same pixels
-# (of damaged files those that are broken below the crop are bad for one decoder alone).
+# What decides which images an update has, and how often each: a run that resumes with another value
+# would see some images twice and others not at all. The rank's batch, the workers and the decoder
+# are not here: they only rearrange the same images, with the same pixels (but a file that is
+# damaged below the crop can be bad for one decoder and good for another).
 ORDER = (
     "global_batch",
     "seed",
@@ -33,7 +35,8 @@ ORDER = (
     "dataset_sha256",
     "config.dataset.train.repeats",
 )
-# What a network computes and no name or shape of its weights tells.
+# What changes what the network computes though every name and shape stays, so the strict load
+# would not notice.
 NETWORK = ("config.model.vit.num_heads", "config.model.vit.global_pool")
 DEFAULTS = {"config.dataset.train.repeats": 1}
 
@@ -71,7 +74,7 @@ def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _check_same(run: Run, found: verify.Checkpoint, *, old: object, new: object) -> None:
-    """Raise ValueError if the images of an update, or what the weights compute, would be others."""
+    """Refuse to resume with other images in an update, or weights that compute something else."""
     data, train = run.config.dataset.train, run.config.training
     made_of = {
         "global_batch": f" (batch_size {data.batch_size} x grad_accum_steps "
@@ -83,7 +86,7 @@ def _check_same(run: Run, found: verify.Checkpoint, *, old: object, new: object)
     others = weight_sources.other_classes(known, run.train_index.classes)
     made_of["dataset_sha256"] = f" ({others or 'names or labels of images are others'})"
     for name in (*ORDER, *NETWORK):
-        # What a checkpoint of before an option does not have was its default.
+        # An option missing from an older checkpoint had its default value.
         before = had.get(name, DEFAULTS.get(name))
         if before != has[name]:
             raise ValueError(
@@ -94,11 +97,7 @@ def _check_same(run: Run, found: verify.Checkpoint, *, old: object, new: object)
 
 
 def check_resumable(run: Run, found: verify.Checkpoint) -> list[str]:
-    """Return the options that changed since `found` was saved.
-
-    Raises:
-        ValueError: The order of images, or the network, would change, so the run could not go on.
-    """
+    """Return the options that changed since `found` was saved."""
     now = facts(run, step=found.step, figures={})
     _check_same(run, found, old=found.state, new=now)
     decay = run.config.training.ema_decay
@@ -136,11 +135,12 @@ class Start:
 def _pick(run: Run) -> tuple[verify.Checkpoint | None, Mapping[Path, str]]:
     """Return the checkpoint to go on from, and why others cannot be. Collective.
 
-    That is the newest, unless `resume_from_metric` says the best: a run that was only stopped, or
-    is complete, goes on from its newest all the same.
+    That is the newest, or with `resume_from_metric` the best. Even then a run that was asked to
+    stop goes on from its newest, since nothing was wrong with it, and so does one that is complete:
+    going back would train its last steps again at every start.
     """
     newest, rejected = checkpoint.find_newest(run.folder)
-    metric = verify.figure_name(run.config.training.checkpoint.resume_from_metric)
+    metric = run.config.training.checkpoint.resume_from_metric
     is_over = newest is None or newest.step >= run.config.training.steps
     if metric is None or newest is None or is_over or newest.state.get("stopped"):
         return newest, rejected
@@ -148,7 +148,12 @@ def _pick(run: Run) -> tuple[verify.Checkpoint | None, Mapping[Path, str]]:
 
 
 def resume(run: Run) -> Start:
-    """Load the newest or best complete checkpoint of the run folder, if any. Collective."""
+    """Load the newest or best complete checkpoint of the run folder, if any. Collective.
+
+    Raises:
+        ValueError: On every rank, if all are damaged, or the run could not go on from the one.
+        OSError: On every rank, if it cannot be read.
+    """
     found, rejected = _pick(run)
     if found is None:
         return Start(None, rejected, [])
@@ -167,18 +172,11 @@ def resume(run: Run) -> Start:
 
 
 def _bad_images(found: verify.Checkpoint) -> list[int]:
-    """Return the unreadable images that the run had met, none where they were not saved yet."""
+    """Return the unreadable images that the run had met, none in checkpoints that lack them."""
     images = found.state.get("bad_images", [])
     if not (isinstance(images, list) and all(isinstance(image, int) for image in images)):
         raise ValueError(f"resume {found.folder}: bad_images={images}: must be a list of numbers")
     return images
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    staged = path.with_name(f".{path.name}.staging")
-    staged.write_text(text)
-    staged.replace(path)
 
 
 def open_folder(run: Run) -> None:
@@ -189,13 +187,13 @@ def open_folder(run: Run) -> None:
     """
     run_folder.check_writable(run.folder, dcp_writer.num_bytes(run.tensors()))
     if run.world.is_main:
-        _write_whole(run.folder / "config.yaml", compose.to_yaml(run.config))
-        _write_whole(run.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(run.folder / "config.yaml", compose.to_yaml(run.config))
+        write_text(run.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
     dist.barrier()
 
 
 def open_logbook(run: Run, start: Start) -> Logbook:
-    """Return the run's log, which goes on where it was."""
+    """Return the run's log, which continues the one in its folder."""
     t = run.config.training
     return Logbook(
         run.folder,

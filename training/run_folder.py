@@ -2,12 +2,13 @@
 
     <run folder>/  .lock  .staging-<n>-<id>/  .trash-<id>/  step_<n>_loss_<x>/ ...
 
-Rank 0 acts; what it finds out holds for every rank.
+Rank 0 acts, and every rank hears what it found.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import math
 import os
@@ -43,15 +44,16 @@ def _same_file(descriptor: int, path: Path) -> bool:
 def _try_lock(folder: Path) -> int:
     """Return the descriptor that holds the lock of `folder`.
 
-    A record lock: it ends with this process, however that ends, and is not inherited by loader
-    processes, which can outlive it by seconds.
+    A record lock (not flock): the kernel drops it when this process ends, however it ends, and
+    loader processes, which can outlive it by seconds, do not inherit it.
     """
     path = folder / LOCK
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may have deleted it in between; that lock would protect nothing.
+            # Its last holder may have deleted the file between open and lock: a lock on a file
+            # that nobody else can find would protect nothing.
             if _same_file(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
@@ -97,7 +99,7 @@ def locked(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()
             os.close(held)
             if is_new:
-                with contextlib.suppress(OSError):  # it stays, unless nothing came of the run
+                with contextlib.suppress(OSError):  # fails, as it should, if the run left anything
                     folder.rmdir()
 
 
@@ -106,7 +108,7 @@ def _trash(root: Path) -> Path:
 
 
 def _probe(folder: Path, num_bytes: int) -> Path:
-    """Do in small what a save does; return the probe file."""
+    """Do what a save does, in small, so that a run fails here and not at its first save."""
     staged = folder / f".staging-0-{uuid.uuid4().hex}"
     needed, free = COPIES_IN_FLIGHT * num_bytes, shutil.disk_usage(folder).free
     if free < needed:
@@ -150,8 +152,9 @@ def check_writable(folder: Path, num_bytes: int) -> None:
 def supersede(root: Path, folder: Path, *, apart_from: Collection[Path]) -> list[str]:
     """Rename the checkpoints newer than `folder`, which the run goes on from. Collective.
 
-    They are of a past that will not be: left under their names, the next start would take them for
-    the newest. Returns the new names; nobody deletes them, and damaged ones (`apart_from`) stay.
+    The run abandons the steps after `folder`; under their names the next start would take those
+    checkpoints for the newest. Returns the new names; nothing deletes them, and damaged ones
+    (`apart_from`) keep theirs.
 
     Raises:
         OSError: On every rank, if one cannot be renamed.
@@ -176,37 +179,6 @@ def _unused(path: Path) -> Path:
     return name
 
 
-@dataclass(frozen=True)
-class Swept:
-    """What a sweep has deleted, and why it could not delete the rest."""
-
-    deleted: list[Path]
-    failed: dict[Path, str]
-
-
-def _surplus(
-    root: Path, *, known: Collection[Path], keep_last: int, keep_best: int, metric: str
-) -> list[Path]:
-    """Return the checkpoints that neither being new nor being good keeps.
-
-    Only `known` ones, verified or written by this run, count; others go when as many known ones
-    are newer and as many better. So nothing has to be read for it.
-    """
-    folders = verify.candidates(root)
-    scores = {folder: verify.score(folder, metric) for folder in folders}
-    last = [folder for folder in folders if folder in known][:keep_last]
-    if len(last) < keep_last:
-        return []
-    older = folders[folders.index(last[-1]) + 1 :]
-    best = [folder for folder in folders if folder in known and scores[folder] > -math.inf]
-    best = sorted(best, key=lambda folder: scores[folder], reverse=True)[:keep_best]
-    if keep_best == 0:
-        bar = math.inf
-    else:
-        bar = scores[best[-1]] if len(best) == keep_best else -math.inf
-    return [folder for folder in older if folder not in best and not scores[folder] > bar]
-
-
 def _try(function: Callable[[Path], object], path: Path) -> str | None:
     """Return why a deletion failed, None if it did not."""
     try:
@@ -216,35 +188,62 @@ def _try(function: Callable[[Path], object], path: Path) -> str | None:
     return None
 
 
-def sweep(
-    root: Path,
-    *,
-    known: Collection[Path],
-    protected: Collection[Path],
-    keep_last: int,
-    keep_best: int,
-    metric: str,
-) -> Swept:
-    """Delete old checkpoints and what unfinished saves left behind. Rank 0 only.
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints of a run stay: the newest `keep_last`, the best `keep_best`, `protected`.
 
-    Kept are the newest `keep_last` and the best `keep_best` of the `known` by `metric` ("+name" or
-    "-name"), and all `protected`: what was resumed from or just saved, and what was refused on
-    resume, since a person may want to look at it. No save may be under way in `root`.
+    known: complete ones that need no second look; only these count, so that nothing is read.
+    protected: what was resumed from, and what was refused on resume: a person may want to see it.
+    metric: what the best are the best by, "+name" or "-name".
     """
-    deleted, failed = [], {}
-    try:
-        for folder in _surplus(
-            root, known=known, keep_last=keep_last, keep_best=keep_best, metric=metric
-        ):
-            # Renamed first: half a checkpoint must not lie under a checkpoint's name.
-            if folder not in protected and (reason := _try(folder.rename, _trash(root))):
-                failed[folder] = reason
-            elif folder not in protected:
-                deleted.append(folder)
-        for path in root.iterdir():
-            is_litter = STAGING.fullmatch(path.name) or TRASH.fullmatch(path.name)
-            if is_litter and (reason := _try(shutil.rmtree, path)):
-                failed[path] = reason
-    except OSError as error:  # the folder itself cannot be listed
-        failed[root] = str(error)
-    return Swept(deleted, failed)
+
+    known: frozenset[Path]
+    protected: frozenset[Path]
+    keep_last: int
+    keep_best: int
+    metric: str
+
+    def surplus(self, root: Path) -> list[Path]:
+        """Return the checkpoints that neither being new nor being good keeps.
+
+        One that is not known goes when as many known ones as are kept are newer and better.
+        """
+        folders = verify.candidates(root)
+        scores = {folder: verify.score(folder, self.metric) for folder in folders}
+        known = [folder for folder in folders if folder in self.known]
+        if len(known) < self.keep_last:
+            return []
+        older = folders[folders.index(known[self.keep_last - 1]) + 1 :]
+        best = [folder for folder in known if scores[folder] > -math.inf]
+        best = sorted(best, key=lambda folder: scores[folder], reverse=True)[: self.keep_best]
+        # An unknown one may be the best of all: it goes only if `keep_best` known ones are better.
+        is_full = len(best) == self.keep_best
+        bar = min((scores[folder] for folder in best), default=math.inf) if is_full else -math.inf
+        kept = {*best, *self.protected}
+        return [folder for folder in older if folder not in kept and not scores[folder] > bar]
+
+    def sweep(self, root: Path) -> dict[Path, str]:
+        """Delete old checkpoints and what unfinished saves left; return what failed, and why.
+
+        Rank 0 only. No save may be under way in `root`.
+        """
+        failed = {}
+        try:
+            for folder in self.surplus(root):
+                # Renamed first: half a checkpoint must not lie under a checkpoint's name.
+                if reason := _try(folder.rename, _trash(root)):
+                    failed[folder] = reason
+            for path in root.iterdir():
+                is_litter = STAGING.fullmatch(path.name) or TRASH.fullmatch(path.name)
+                if is_litter and (reason := _try(shutil.rmtree, path)):
+                    failed[path] = reason
+        except OSError as error:  # the folder itself cannot be listed
+            failed[root] = str(error)
+        return failed
+
+    def sweep_after(self, folder: Path) -> dict[Path, str]:
+        """Sweep after the commit of `folder`, which stays."""
+        also = dataclasses.replace(
+            self, known=self.known | {folder}, protected=self.protected | {folder}
+        )
+        return also.sweep(folder.parent)

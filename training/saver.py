@@ -1,48 +1,26 @@
 """When a checkpoint is due: write it now or in the background, and what a failure means.
 
-    due -> save -> checkpoint.save, or async_checkpoint -> saved | save_failed (retried when due)
+    due -> save -> checkpoint.save, or weights.background -> saved | save_failed (retried when due)
 
-A failed save costs its interval and no more; three in a row, or the last of the run, end it.
+A failed save costs its interval and no more; three in a row, or the run's last, end the run.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import checkpoint
 from parallel import collectives
-from training import run_folder
 from training.logbook import Logbook
 from training.resume import Start, facts
 from training.run import Run
-from weights import verify
+from training.run_folder import Retention
 from weights.background import AsyncSaver, Committed
+from weights.sources import BEST
 
 MAX_FAILURES = 3
-
-
-def _retain(
-    folder: Path,
-    *,
-    known: frozenset[Path],
-    protected: frozenset[Path],
-    keep_last: int,
-    keep_best: int,
-    metric: str,
-) -> Mapping[Path, str]:
-    """Sweep after the commit of `folder`; return what could not be deleted, and why."""
-    swept = run_folder.sweep(
-        folder.parent,
-        known=known | {folder},
-        protected=protected | {folder},
-        keep_last=keep_last,
-        keep_best=keep_best,
-        metric=metric,
-    )
-    return swept.failed
 
 
 class Saver:
@@ -52,7 +30,7 @@ class Saver:
         self._run = run
         self._logbook = logbook
         found = {start.found.folder} if start.found is not None else set()
-        # Complete ones that need no second look: loaded or written by this process.
+        # Complete ones that need no second look: this process has loaded or written them.
         self._known = frozenset(found)
         self._protected = frozenset(found | set(start.rejected))
         self._failures = 0
@@ -85,7 +63,7 @@ class Saver:
                 self._run.tensors(),
                 state=state,
                 loss=loss,
-                retention=self._retention(),
+                retention=self._retention().sweep_after,
             )
             self._stalled_s = time.perf_counter() - self._began
             return
@@ -95,19 +73,20 @@ class Saver:
             self._fail(error, is_last=is_last)
             return
         self._stalled_s = time.perf_counter() - self._began
-        undeleted = self._retention()(folder) if self._run.world.is_main else {}
+        undeleted = self._retention().sweep_after(folder) if self._run.world.is_main else {}
         self._succeed(Committed(folder, undeleted))
 
     def ensure(self, *, step: int, figures: Mapping[str, float]) -> None:
-        """Return when what the run holds is on disk, to go on from; raises as `save`."""
+        """Return when what the run holds is on disk and will be resumed from; raises as `save`."""
         self.drain()
-        # Where a figure decides on what to resume from, only a stop's own checkpoint overrules it.
+        # Where resume_from_metric picks what to resume from, only a checkpoint that says it is a
+        # stop's own goes before the best: so it is saved again even if this step was saved.
         by_figure = self._run.config.training.checkpoint.resume_from_metric is not None
         if self._saved_step != step or by_figure:
             self.save(step=step, figures=figures, is_last=True, is_stop=True)
 
     def poll(self) -> None:
-        """Take note of a save that has ended in the background; call after every step.
+        """Notice a background save that has ended; call after every step.
 
         Raises:
             OSError: On every rank: the third save in a row has failed.
@@ -130,16 +109,14 @@ class Saver:
         if self._background is not None:
             self._background.close()
 
-    def _retention(self) -> functools.partial[Mapping[Path, str]]:
+    def _retention(self) -> Retention:
         options = self._run.config.training.checkpoint
-        metric = verify.figure_name(options.resume_from_metric) or "-val_loss"
-        return functools.partial(
-            _retain,
+        return Retention(
             known=self._known,
             protected=self._protected,
             keep_last=options.keep_last,
             keep_best=options.keep_best,
-            metric=metric,
+            metric=options.resume_from_metric or BEST,
         )
 
     def _take(self, outcome: Committed | Exception | None) -> None:

@@ -1,4 +1,7 @@
-"""A signal that asks the run to stop: noticed between steps, by all ranks in the same one.
+"""How a program ends: a signal noticed by all ranks in the same step, an error in one line.
+
+    StopSignals: SIGTERM or SIGUSR1 -> Stopped
+    exit_code: what a program raises -> one line on stderr and the exit code -> leave
 
 Schedulers send SIGTERM or SIGUSR1 before they take a machine away; torchrun passes SIGTERM on to
 its ranks and kills them 30 s later. One rank may have it earlier than another, or alone.
@@ -10,13 +13,20 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import distributed, launch
+from training.scoring import NonFiniteError
+from weights.dcp_writer import NonFiniteTensorError
+
+EXIT_USER_ERROR, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 5, 69, 130
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+RESUMES = "; the same command resumes"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A signal to a whole process group comes twice, once more through torchrun: still one request.
 _SAME_REQUEST_S = 2.0
@@ -109,11 +119,57 @@ class StopSignals:
         return name, seconds
 
 
+def _one_line(error: BaseException) -> str:
+    """Return a message without line breaks; of a loader worker's traceback, the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    has_traceback = any("Traceback (most recent" in line for line in lines)
+    return lines[-1] if has_traceback else " ".join(" ".join(lines).split())
+
+
+def exit_code(
+    program: Callable[[], None],
+    *,
+    has_ranks: bool = True,
+    is_training: bool = False,
+    debug: bool = False,
+) -> int:
+    """Run a program; print one line for an error that a user can mend and return the exit code.
+
+    Any other error is a fault of ours and keeps its traceback, as all do with `debug`.
+    """
+    try:
+        program()
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        if debug:
+            raise
+        line, code = _one_line(error), EXIT_USER_ERROR
+        if is_training and isinstance(error, NonFiniteError | NonFiniteTensorError):
+            code = EXIT_NON_FINITE
+    except RuntimeError as error:
+        lost = distributed.lost_rank(error)
+        if lost is None or debug:
+            raise
+        at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+        line, code = f"{at}{lost}{RESUMES if is_training else ''}", EXIT_LOST_RANK
+    except Stopped as reason:
+        print(f"stopped: {reason}{RESUMES}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from the last checkpoint, if any" if is_training else ""
+        print(f"stopped{hint}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    else:
+        return 0
+    where = f" (rank {launch.shown_rank()})" if has_ranks else ""
+    print(f"error{where}: {line}", file=sys.stderr, flush=True)
+    return code
+
+
 def leave(code: int) -> None:
     """End this process with an exit code.
 
-    Not by sys.exit after an error: on CUDA the interpreter's end would wait for ranks that wait for
-    this one.
+    After an error not by sys.exit: on CUDA the interpreter would wait, as it ends, for ranks that
+    are waiting for this one.
     """
     if code:
         sys.stdout.flush()

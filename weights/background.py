@@ -3,9 +3,9 @@
     begin: tensors -> staging copy (shared memory) -> worker process of this rank: check, write
     poll:  all have written -> worker of rank 0: commit, sweep -> all know the folder
 
-The collectives stay in the trainers, so a worker can die at any moment: that save is lost, the next
-one has a new worker. A worker ends at once when its trainer does. Stock DCP's worker process, once
-killed, fails every later save.
+All collectives stay in the trainers, so a worker may die at any moment: its save is lost, and the
+next save gets a new worker. A worker ends as soon as its trainer does. With stock DCP's worker
+process, once it is killed, every later save fails.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _ALIGNMENT_BYTES = 64
 _POLL_S = 0.005
 _END_S = 5.0
 _PR_SET_PDEATHSIG = 1
-# Deletes what a new checkpoint makes superfluous; returns what could not be deleted, and why.
+# Deletes what a new checkpoint replaces; returns what could not be deleted, and why.
 Retention = Callable[[Path], Mapping[Path, str]]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the shared memory the tensor of a planned item is."""
+    """Where a planned item's tensor lies in the shared memory."""
 
     offset: int
     dtype: torch.dtype
@@ -67,7 +67,7 @@ class Committed:
 
 
 def _map_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
-    # Populated: pages that come into being at the first copy would make it three times as slow.
+    # MAP_POPULATE: faulting the pages in during the first copy would make that three times as slow.
     return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 
@@ -81,7 +81,7 @@ def _view(memory: mmap.mmap, place: Place) -> Tensor:
 
 @dataclass(frozen=True)
 class _Staged:
-    """The source of a worker: tensors in shared memory."""
+    """Where a worker's tensors come from: the shared memory."""
 
     memory: mmap.mmap
     places: dict[object, Place]
@@ -108,11 +108,12 @@ def _commit(
 
 
 def work(pipe: int, memory: int, num_bytes: int) -> None:
-    """Do what comes through the pipe until the trainer is gone; the main of a worker process."""
-    # What asks the trainer to save and stop must not cost the save.
+    """Do the jobs that come through the pipe until the trainer is gone: a worker's main."""
+    # Signals to the whole process group ask the trainer to save and stop: not to end that save.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # The end of the pipe says it too, but loader processes have inherited the other side.
+    # The pipe's end alone would not show that the trainer is gone: loader processes, which can
+    # outlive it, have inherited the other side. So the kernel is asked to kill this process.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(5)
     torch.set_num_threads(1)
@@ -120,6 +121,7 @@ def work(pipe: int, memory: int, num_bytes: int) -> None:
     shared = _map_memory(memory, num_bytes)
     jobs: queue.SimpleQueue = queue.SimpleQueue()
 
+    # A thread of its own reads: during a long write too, the pipe's end must end this process.
     def listen() -> None:
         while True:
             try:
@@ -135,10 +137,10 @@ def work(pipe: int, memory: int, num_bytes: int) -> None:
 
 
 class Worker:
-    """A process of this rank that shares `num_bytes` of memory with it and does one job at a time.
+    """A process that shares `num_bytes` of memory with this rank and does one job at a time.
 
-    It is a new interpreter, not a fork: it must have neither the trainer's CUDA context nor the
-    locks of its threads. It takes seconds to start, during which training goes on.
+    It is a new interpreter, not a fork, which would inherit the trainer's CUDA context and whatever
+    locks its threads hold. It takes seconds to start; training goes on meanwhile.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -152,6 +154,7 @@ class Worker:
     def _start(self) -> None:
         self._connection, theirs = Pipe()
         arguments = [str(theirs.fileno()), str(self._descriptor), str(self.num_bytes)]
+        # As a module: run by its path, it would not find the other modules of this repo.
         self.process = subprocess.Popen(  # noqa: S603  # this very module
             [sys.executable, "-m", "weights.background", *arguments],
             env=module_environment(),
@@ -175,11 +178,11 @@ class Worker:
             self._connection.close()
             self._start()
         self.is_busy = True
-        # In a thread: a pipe takes little before the other side reads, and it may be starting.
+        # In a thread: a pipe holds 64 KiB, and a worker that is still starting does not read yet.
         threading.Thread(target=self._send, args=((function, arguments),), daemon=True).start()
 
     def _send(self, job: object) -> None:
-        with contextlib.suppress(OSError):  # a process that dies is found by poll()
+        with contextlib.suppress(OSError):  # poll() notices a process that has died
             self._connection.send(job)
 
     def poll(self) -> object:
@@ -202,11 +205,11 @@ class Worker:
         return None
 
     def kill(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process, whatever it is doing; the next `poll` starts a new one."""
         self.process.kill()
 
     def close(self) -> None:
-        """End the process and give the memory back."""
+        """End the process and free the memory."""
         self.process.kill()
         self.process.wait(_END_S)
         self._connection.close()
@@ -227,7 +230,7 @@ def _place(plan: SavePlan, source: Source) -> tuple[dict[object, Place], int]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What stays the same from save to save: the plan and the places, for tensors of one form."""
+    """The plan and the places: the same for every save of tensors of one form."""
 
     form: list[tuple[object, ...]]
     plan: Plan
@@ -265,13 +268,14 @@ class AsyncSaver:
         return self._flight is not None
 
     def prepare(self, tensors: TensorTree) -> Source:
-        """Plan for tensors of this form, reserve memory, start the worker, all unless done."""
+        """Plan for tensors of this form, reserve memory and start the worker, if not yet done."""
         form = _form(tensors)
         is_known = torch.tensor(int(self._layout is not None and self._layout.form == form))
         dist.all_reduce(is_known, op=dist.ReduceOp.MIN)
         if is_known:
             return dcp_writer.source_of(tensors)
         plan, source = dcp_writer.make_plan(tensors)
+        # planner_data maps flat names to nested keys; the metadata have it, and no writer needs it.
         plan = dataclasses.replace(plan, local=dataclasses.replace(plan.local, planner_data=None))
         places, num_bytes = _place(plan.local, source)
         self._layout = _Layout(form, plan, places)
@@ -288,7 +292,7 @@ class AsyncSaver:
         """Copy `tensors` as they are now and start to save them; `retention` follows the commit.
 
         Raises:
-            ValueError: On every rank, if `state` has a number that JSON has not.
+            ValueError: On every rank, if `state` has a number that JSON cannot hold.
         """
         assert not self.is_busy, "one save at a time"
         target = dcp_writer.make_target(root, state=state, loss=loss)
@@ -355,7 +359,7 @@ class AsyncSaver:
         return None
 
     def close(self) -> None:
-        """End the worker; a save under way is given up."""
+        """End the worker; a save under way is abandoned."""
         self._flight = None
         if self.worker is not None:
             self.worker.close()

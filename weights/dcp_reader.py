@@ -2,9 +2,9 @@
 
     .metadata (a pickle) -> allow-list of globals -> sizes and files checked -> Metadata
 
-The reader of torch unpickles `.metadata` and every value that is not a tensor without limits: who
+torch's reader unpickles `.metadata`, and every value that is not a tensor, without limits: whoever
 can write to the folder can run code as whoever loads it. Here `.metadata` may name only the plain
-records it is made of, and values that are not tensors are refused before they are read.
+records that it consists of, and values that are not tensors are refused before they are read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
-# What a damaged or hostile pickle raises on the way, besides UnpicklingError.
+# What a damaged or hostile pickle can raise.
 _BROKEN = (
     ArithmeticError,
     AttributeError,
@@ -53,11 +53,7 @@ _ROOT_UID = 0
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """Return why what lies at `path` may be somebody else's work, None if it is this user's own.
-
-    Raises:
-        OSError: The path cannot be looked at.
-    """
+    """Return why what lies at `path` may be somebody else's work, None if it is this user's own."""
     facts = path.lstat()
     if stat.S_ISLNK(facts.st_mode):
         return "is a symbolic link"
@@ -78,7 +74,7 @@ def _layout(name: str) -> torch.layout:
 
 
 def _path(*parts: str) -> str:
-    """Stand in for the path classes: a remark of the writer, never used to open anything."""
+    """Stand in for the path classes: the writer's note of where it was, which opens nothing."""
     return "/".join(parts)
 
 
@@ -103,8 +99,8 @@ _ALLOWED: Mapping[tuple[str, str], object] = {
 }
 
 
-# The unpickler in Python, not the one in C: only here can BUILD be narrowed. It sets attributes,
-# and on a class or a function that would outlive the load.
+# The unpickler written in Python, because only there BUILD can be narrowed. BUILD sets attributes;
+# set on an allowed class or function, they would outlive the load.
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
 
@@ -127,7 +123,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check_sizes(metadata: Metadata, folder: Path) -> None:
-    """Refuse what leaves the folder or needs more memory than the files could fill."""
+    """Refuse paths out of the folder, and tensors larger than all its files together."""
     present = {path.name: path.lstat().st_size for path in folder.iterdir()}
     for index, info in metadata.storage_data.items():
         size = present.get(info.relative_path)
@@ -154,12 +150,7 @@ def _check_sizes(metadata: Metadata, folder: Path) -> None:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Return the content of a `.metadata` file; nothing in it can run or leave its folder.
-
-    Raises:
-        ValueError: It is damaged, names a global that is not allowed, or its sizes cannot be.
-        OSError: It cannot be read.
-    """
+    """Return the content of a `.metadata` file; nothing in it can run or leave its folder."""
     content = path.read_bytes()
     try:
         metadata = _Unpickler(io.BytesIO(content)).load()

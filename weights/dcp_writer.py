@@ -50,15 +50,15 @@ Json = Mapping[str, object]
 
 
 class NonFiniteTensorError(ValueError):
-    """Weights or moments that nothing can be continued from."""
+    """Weights or moments have NaN or infinities: no run could go on from them."""
 
 
-# What a save, or a part of it on another rank, may raise; all the ranks then raise the same.
+# What a save, or another rank's part of it, may raise; every rank then raises the same.
 FAILURES = (OSError, NonFiniteTensorError, ValueError)
 
 
 class Source(Protocol):
-    """Where the tensor of a planned item is, as DCP's writer asks for it."""
+    """What DCP's writer asks for the tensor of a planned item."""
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the tensor of one item."""
@@ -66,7 +66,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What this rank writes; `metadata`, of the whole checkpoint, is on rank 0 alone."""
+    """What this rank writes; `metadata`, about the whole checkpoint, is on rank 0 alone."""
 
     local: SavePlan
     metadata: Metadata | None
@@ -125,7 +125,11 @@ def _write_json(path: Path, value: Json) -> FileFacts:
 
 
 class _Hashed:
-    """A file that remembers size and digest of what was meant to be written, and its failure."""
+    """A file that remembers the size and digest of what it was given, and its own failure.
+
+    The digest is of the bytes in memory: what a bad disk or another process makes of them later
+    differs from the manifest and is found when the checkpoint is verified.
+    """
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self.file = file
@@ -165,8 +169,8 @@ class _HashedFiles(FileSystem):
 def make_plan(tensors: TensorTree) -> tuple[Plan, Source]:
     """Share out who writes what; replicated tensors are written once. Collective.
 
-    Raises:
-        ValueError: On every rank, if a value is not a tensor or the parts do not fit together.
+    DCP's own `save` does these steps and the writing in one call. They are taken apart here because
+    a background save plans once, in the trainers, and writes often, in processes without a group.
     """
     planner = DefaultSavePlanner()
     planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
@@ -196,21 +200,17 @@ def source_of(tensors: TensorTree) -> Source:
 
 
 def make_target(root: Path, *, state: Json, loss: float) -> Target:
-    """Return the names of a new checkpoint of `state["step"]`, the same on all ranks. Collective.
-
-    Raises:
-        ValueError: On every rank, if `state` has a number that JSON has not.
-    """
+    """Return the names of a checkpoint of `state["step"]`, the same on all ranks. Collective."""
     step = state["step"]
     if not math.isfinite(loss):
         raise ValueError(f"checkpoint of step {step}: loss={loss}: must be a finite number")
-    json.dumps(state, allow_nan=False)
+    json.dumps(state, allow_nan=False)  # what cannot be written is refused before the work
     staging = from_main(root / f".staging-{step}-{uuid.uuid4().hex}")
     return Target(staging, root / f"step_{step}_loss_{loss:.3f}", state)
 
 
 def _check_finite(plan: SavePlan, source: Source) -> None:
-    """Refuse to write weights or moments that nothing can be continued from."""
+    """Refuse to write weights or moments that no run could go on from."""
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for item in plan.items:
         tensor = source.resolve_data(item).detach()
@@ -228,12 +228,7 @@ def _check_finite(plan: SavePlan, source: Source) -> None:
 
 
 def write(staging: Path, plan: SavePlan, source: Source) -> Written:
-    """Write and sync this rank's file. Not collective; may run in another process.
-
-    Raises:
-        NonFiniteTensorError: A tensor has NaN or infinities; nothing was written.
-        OSError: The file cannot be written; what there is of it is of no use.
-    """
+    """Write and sync this rank's file. Not collective; may run in another process."""
     _check_finite(plan, source)
     staging.mkdir(exist_ok=True)  # not the run folder too: one that has vanished is an error
     # One thread: with more, a full disk is reported as success (pytorch/pytorch#191391).
@@ -253,7 +248,7 @@ def write(staging: Path, plan: SavePlan, source: Source) -> Written:
 
 
 def _check_on_disk(staging: Path, files: Mapping[str, FileFacts]) -> None:
-    """Compare the folder with what was meant to be in it; the kernel's word is not taken for it."""
+    """Compare the folder with what was written: some file systems lose bytes without an error."""
     on_disk = {path.name: path.lstat().st_size for path in staging.iterdir()}
     for name in sorted(on_disk.keys() | files.keys()):
         expected = files[name].num_bytes if name in files else "no file"
@@ -262,22 +257,32 @@ def _check_on_disk(staging: Path, files: Mapping[str, FileFacts]) -> None:
             raise OSError(f"{name} has {found} bytes, written were {expected}")
 
 
-def commit(target: Target, metadata: Metadata, written: list[Written]) -> Path:
-    """Seal what all ranks have written with a manifest and rename it. Rank 0 only.
+def seal(folder: Path, state: Json, files: Mapping[str, FileFacts]) -> None:
+    """Complete a checkpoint of which `files` and DCP's index lie in `folder`: state and manifest.
 
-    Raises:
-        OSError: Something is not on disk as it was written, or cannot be synced or renamed.
+    The manifest is written last, over everything else: without it the folder is no checkpoint.
     """
+    state = {"schema_version": SCHEMA_VERSION, **state}
+    index = folder / METADATA
+    facts = {
+        **files,
+        STATE: _write_json(folder / STATE, state),
+        METADATA: FileFacts(index.stat().st_size, sha256(index)),
+    }
+    _check_on_disk(folder, facts)
+    listed = {n: {"bytes": f.num_bytes, "sha256": f.sha256} for n, f in sorted(facts.items())}
+    _write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": listed})
+
+
+def commit(target: Target, metadata: Metadata, written: list[Written]) -> Path:
+    """Seal what all ranks have written and give it its name. Rank 0 only."""
     staging = target.staging
     FileSystemWriter(staging, sync_files=True).finish(metadata, [part.results for part in written])
     files = {name: facts for part in written for name, facts in part.files.items()}
-    state = {"schema_version": SCHEMA_VERSION, **target.state}
-    files[STATE] = _write_json(staging / STATE, state)
-    index = staging / METADATA
-    files[METADATA] = FileFacts(index.stat().st_size, sha256(index))
-    _check_on_disk(staging, files)
-    listed = {n: {"bytes": f.num_bytes, "sha256": f.sha256} for n, f in sorted(files.items())}
-    _write_json(staging / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": listed})
+    seal(staging, target.state, files)
+    # In this order: the files' bytes are on disk already, then their names, then the rename and the
+    # folder that has it. A power cut at any point leaves a staging folder or a whole checkpoint,
+    # never a checkpoint's name over missing files.
     fsync(staging)
     attempt, final = 1, target.folder
     while os.path.lexists(final):  # a name is never reused: nothing complete is overwritten
@@ -291,7 +296,7 @@ def commit(target: Target, metadata: Metadata, written: list[Written]) -> Path:
 def num_bytes(tensors: TensorTree) -> int:
     """Return how much a checkpoint of `tensors` holds, all ranks together. Collective."""
     flat, _ = flatten_state_dict(dict(tensors))
-    # A rank without rows of a parameter does not have its moments: the union counts.
+    # A rank without rows of a parameter has no moments of it: the union counts.
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in flat.items()}
     return sum({n: size for part in all_gather(sizes) for n, size in part.items()}.values())
 
@@ -316,7 +321,7 @@ def first_failure(
     """Return the error that the save ends with if a part of it failed, and clear up. Rank 0."""
     for rank, outcome in enumerate(outcomes):
         if isinstance(outcome, Exception):
-            # What was staged is of no use, and with a full disk in the way of the next attempt.
+            # What was staged is useless and, on a full disk, takes the room of the next attempt.
             shutil.rmtree(target.staging, ignore_errors=True)
             reason = f"checkpoint {target.folder}: rank {rank}: {outcome}"
             kind = next(kind for kind in FAILURES if isinstance(outcome, kind))

@@ -3,8 +3,8 @@
     path -> read_pickle | read_safetensors | read_dcp -> names and tensors on the CPU
     names and tensors -> write_pickle | write_safetensors | write_dcp -> path
 
-One process, no process group. What is written gets its name when every byte is on disk, and the
-permissions that the umask gives. What names and shapes mean is for formats.py.
+One process, no process group. A file gets its name when every byte is on disk, and the permissions
+that the umask gives. What names and shapes mean is for formats.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
@@ -29,8 +30,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from weights import dcp_writer
 from weights.dcp_reader import SafeReader
-from weights.dcp_writer import MANIFEST, SCHEMA_VERSION, STATE, fsync, sha256
+from weights.dcp_writer import FileFacts, fsync, sha256
 from weights.formats import Json, Weights, listed
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,7 +42,7 @@ _SHARD = re.compile(r"(?:(?P<stem>.+)_rank)?(?P<rank>\d+)\.pth")
 # One of several files of a model.
 _PART = re.compile(r".+-\d+-of-(?P<files>\d+)\.safetensors")
 _BLOCKED = re.compile(r"(?:GLOBAL|class|function) ([\w.]*\w)")
-# What the restricted unpickler raises for code and for damaged bytes.
+# What the restricted unpickler raises for a file with code and for a damaged one.
 _DAMAGED = (
     pickle.UnpicklingError,
     struct.error,
@@ -54,15 +56,11 @@ _DAMAGED = (
 
 
 def read_pickle(path: Path) -> object:
-    """Return what `torch.save` wrote to `path`, on the CPU: tensors and plain values only.
-
-    Raises:
-        ValueError: The file asks for anything else, which is not run, or is damaged.
-    """
+    """Return what `torch.save` wrote to `path`, on the CPU: tensors and plain values only."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
-        # The advice that comes before holds the words that are searched for.
+        # torch's advice, before the reason, has the very words that are searched for.
         reason = str(error).rpartition("trusted source.")[2]
         if isinstance(error, pickle.UnpicklingError) and (blocked := _BLOCKED.search(reason)):
             problem = f"wants {blocked[1]}: refused, and nothing was run"
@@ -82,7 +80,7 @@ def _delete(path: Path) -> None:
 def in_place_of(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` for a file or a folder of files; it then becomes `target`.
 
-    After an error nothing is. What was at `target` is deleted once its successor is there.
+    After an error `target` is as it was. What it replaces is deleted once it is there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
@@ -90,6 +88,7 @@ def in_place_of(target: Path) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.old-{token}")
     try:
         yield partial
+        # Content first, names after: a power cut must not leave the name on an empty file.
         for path in [*(partial.iterdir() if partial.is_dir() else ()), partial]:
             fsync(path)
         if target.is_dir():  # a folder cannot be replaced in one step
@@ -103,12 +102,14 @@ def in_place_of(target: Path) -> Iterator[Path]:
     _delete(old)
 
 
-def write_pickle(path: Path, content: Mapping[str, object]) -> None:
-    """Write `content`, of tensors and plain values, for torch.load(weights_only=True).
+def write_text(path: Path, text: str) -> None:
+    """Write a file of which a kill leaves the old content or the new one, whole."""
+    with in_place_of(path) as partial:
+        partial.write_text(text, "utf-8")
 
-    Raises:
-        OSError: It cannot be written.
-    """
+
+def write_pickle(path: Path, content: Mapping[str, object]) -> None:
+    """Write `content`, of tensors and plain values, for torch.load(weights_only=True)."""
     with in_place_of(path) as partial:
         try:
             torch.save(dict(content), partial)
@@ -150,11 +151,7 @@ def _safetensors_files(path: Path) -> list[Path]:
 
 
 def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
-    """Return the weights and the metadata of a file, or of a folder with all its files.
-
-    Raises:
-        ValueError: A file is missing or damaged.
-    """
+    """Return the weights and the metadata of a file, or of a folder with all its files."""
     weights: Weights = {}
     metadata: dict[str, str] = {}
     for file in _safetensors_files(path):
@@ -167,55 +164,44 @@ def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
     return weights, metadata
 
 
-def _bytes_of(weights: Weights) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-
-
-def _in_shards(weights: Weights, max_bytes: int) -> list[Weights]:
-    """Split `weights`, in order, so that none is over the limit unless it is a single tensor."""
-    shards: list[Weights] = [{}]
-    for name, tensor in weights.items():
-        if shards[-1] and _bytes_of(shards[-1]) + _bytes_of({name: tensor}) > max_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    return shards
-
-
-def _write_safetensors(path: Path, weights: Weights, *, metadata: Mapping[str, str]) -> None:
-    packed = {name: tensor.contiguous() for name, tensor in weights.items()}
-    # Not save_file: it makes files that only their owner can read, whatever the umask.
-    path.write_bytes(safetensors.torch.save(packed, {"format": "pt", **metadata}))
-
-
 def write_safetensors(
     path: Path, weights: Weights, *, metadata: Mapping[str, str], max_bytes: int
 ) -> None:
     """Write one file if `path` ends in .safetensors, else a folder with files of up to `max_bytes`.
 
-    More than one file get an index that says which tensor is where, as in the Hugging Face hub.
+    Several files come with an index of which tensor is where, as in the Hugging Face hub. A tensor
+    over the limit has a file of its own.
+
+    Raises:
+        ValueError: One file was asked for and would be over the limit.
     """
-    shards = _in_shards(weights, max_bytes)
-    if path.suffix == ".safetensors":
-        if len(shards) > 1:
+    # Only its split: `save_torch_state_dict` drops one of two tensors that share storage, puts the
+    # metadata into the index alone, and makes files that only their owner can read.
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    about = {"format": "pt", **metadata}
+    if is_file := path.suffix == ".safetensors":
+        if split.is_sharded:
             raise ValueError(
-                f"--output {path}: {_bytes_of(weights)} bytes are over the limit of {max_bytes} "
-                "per file; name a folder, or raise --max-shard-gb"
+                f"--output {path}: {split.metadata['total_size']} bytes are over the limit of "
+                f"{max_bytes} per file; name a folder, or raise --max-shard-gb"
             )
-        with in_place_of(path) as partial:
-            _write_safetensors(partial, weights, metadata=metadata)
-        return
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     with in_place_of(path) as partial:
-        partial.mkdir()
-        if len(shards) == 1:
-            _write_safetensors(partial / SINGLE_NAME, weights, metadata=metadata)
-            return
-        for name, shard in zip(names, shards, strict=True):
-            _write_safetensors(partial / name, shard, metadata=metadata)
-        files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        facts = {**metadata, "total_size": _bytes_of(weights)}
-        index = {"metadata": facts, "weight_map": files}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        if not is_file:
+            partial.mkdir()
+        for name, keys in split.filename_to_tensors.items():
+            packed = {key: weights[key].contiguous() for key in keys}
+            file = partial if is_file else partial / name
+            # Not save_file, which sets permissions of its own, whatever the umask.
+            file.write_bytes(safetensors.torch.save(packed, about))
+        if split.is_sharded:
+            facts = {**metadata, **split.metadata}
+            index = {"metadata": facts, "weight_map": split.tensor_to_filename}
+            (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -225,7 +211,7 @@ def _alone(folder: Path) -> Iterator[None]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             yield
-        except CheckpointException as error:  # no Exception: nobody else would catch it
+        except CheckpointException as error:  # derives from BaseException: nobody would catch it
             cause, _ = next(iter(error.failures.values()))
             if not isinstance(cause, Exception):  # Ctrl-C, or a signal that ends the program
                 raise cause from error
@@ -233,11 +219,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def read_dcp(folder: Path, tree: str) -> Weights:
-    """Return the tensors under `tree` of a Torch DCP folder, whole, whoever saved which part.
-
-    Raises:
-        ValueError: There are none, or fewer than the model has; or the folder is damaged.
-    """
+    """Return the tensors under `tree` of a Torch DCP folder, whole, however they were sharded."""
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     tensors = {
@@ -260,27 +242,19 @@ def read_dcp(folder: Path, tree: str) -> Weights:
 def write_dcp(folder: Path, weights: Weights, *, about: Json) -> None:
     """Write a checkpoint of weights alone: a state of step 0 and a manifest, no optimizer.
 
-    `about` is what the state says of them besides.
+    `about` is added to the state.
     """
     with in_place_of(folder) as partial, _alone(folder):
         writer = FileSystemWriter(partial, thread_count=1, sync_files=True)
         state_dict_saver.save({"model": weights}, storage_writer=writer, no_dist=True)
-        version = {"schema_version": SCHEMA_VERSION}
-        state = {**version, "step": 0, "metrics": {}, **about}
-        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(partial.iterdir())
+            path.name: FileFacts(path.stat().st_size, sha256(path)) for path in partial.iterdir()
         }
-        (partial / MANIFEST).write_text(json.dumps({**version, "files": files}, indent=2) + "\n")
+        dcp_writer.seal(partial, {"step": 0, "metrics": {}, **about}, files)
 
 
 def shard_files(folder: Path, *, stem: str | None) -> list[Path]:
-    """Return the files of all ranks in `folder`, in rank order: `0.pth` or `<stem>_rank0.pth`.
-
-    Raises:
-        ValueError: A rank is missing, or there is more than one set and `stem` does not say which.
-    """
+    """Return the files of all ranks in `folder`, in rank order: `0.pth` or `<stem>_rank0.pth`."""
     sets: dict[str, dict[int, Path]] = {}
     for path in folder.iterdir():
         if match := _SHARD.fullmatch(path.name):

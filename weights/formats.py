@@ -12,8 +12,8 @@
 | experts.b_in, b_out         | experts.htoh4.bias, h4toh.bias   | [E, F], [E, D], ours |
 | experts.w_out [E*D, F]      | experts.h4toh.weight             | [E, D, F]            |
 
-All other names are timm's in both. M3ViT's encoder has no final norm, pool or head. A name that a
-dialect lacks is an error that says it: nothing is dropped in silence. No files and no models here.
+All other names are timm's in both. M3ViT's encoder has no final norm, pool or head. A name that the
+other side lacks is an error that names it: nothing is dropped in silence. No files, no models here.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ _DENSE = re.compile(
 )
 # Routers may have parameters of any name.
 _MOE_OF_OURS = re.compile(r"blocks\.\d+\.mlp\.(router|experts|shared)\..+")
-# What a block of M3ViT always has, by M3ViT's names; qkv's bias is an option there too.
+# What every block of M3ViT has, by M3ViT's names; qkv's bias is optional there too.
 _ATTENTION = tuple(
     f"{layer}.{kind}" for layer in ("norm1", "attn.proj", "norm2") for kind in ("weight", "bias")
 )
 _MLP = tuple(f"mlp.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias"))
 _MOE = tuple(name for name in _FROM_MTL if name != "mlp.gate.w_noise")
-# Option: values with which M3ViT's encoder computes what ours does.
+# By option, the values with which M3ViT's encoder computes what ours does. Names and shapes are the
+# same with other values, so no load would notice.
 _OPTIONS_OF_MTL: dict[str, tuple[object, ...]] = {
     "vit.no_embed_class": (False,),
     "moe.activation": ("gelu",),
@@ -74,10 +75,10 @@ _OPTIONS_OF_MTL: dict[str, tuple[object, ...]] = {
 class MtlFile:
     """A file of M3ViT's multi-task side: the encoder's weights, all experts, and what they are.
 
-    M3ViT reads `expert_format`, `world_size` and `moe_experts_global` of `meta` and ignores the
-    rest. `meta["moevit"]`, which only `from_mtl` reads, has the options (JSON) and, under
-    "dropped", the tensors that M3ViT has no place for: final norm, pool and head, by our names.
-    `left_out` names what the files it came from had besides, and neither of us has a place for.
+    Of `meta`, M3ViT reads `expert_format`, `world_size` and `moe_experts_global`. `meta["moevit"]`,
+    which only `from_mtl` reads, has the options (JSON) and, under "dropped", the tensors that M3ViT
+    has no place for: final norm, pool and head, by our names. `left_out` names what else the files
+    held that neither of us has a place for.
     """
 
     weights: Weights
@@ -93,11 +94,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def option(model: object, dotted: str) -> object:
-    """Return the option `model.<dotted>` of a run.
-
-    Raises:
-        ValueError: The options at hand do not have it.
-    """
+    """Return the option `model.<dotted>` of a run."""
     value: object = model
     for key in dotted.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -107,7 +104,7 @@ def option(model: object, dotted: str) -> object:
 
 
 def to_timm(weights: Weights) -> Weights:
-    """Return the weights of a dense model as timm names them, which is as we do.
+    """Return the weights of a dense model by timm's names, which are ours.
 
     Raises:
         ValueError: timm has no such parameters: the model has experts.
@@ -143,7 +140,7 @@ def is_top(name: str) -> bool:
 
 
 def missing_top(weights: Weights) -> list[str]:
-    """Return which parts after the blocks are not in `weights`, as files of M3ViT lack them."""
+    """Return which parts after the blocks `weights` lack, as M3ViT's files do."""
     parts = {name.partition(".")[0] for name in weights}
     norm = [] if parts & {"norm", "fc_norm"} else ["norm or fc_norm"]
     return norm if "head" in parts else [*norm, "head"]
@@ -185,7 +182,7 @@ def _check_blocks(weights: Weights) -> None:
 
 
 def _check_options(model: Json, *, with_experts: bool) -> None:
-    """Refuse options with which M3ViT's encoder would compute something else, in any shape."""
+    """Refuse options with which M3ViT's encoder would compute something else."""
     allowed = {
         name: values
         for name, values in _OPTIONS_OF_MTL.items()
@@ -275,22 +272,15 @@ def _meta(theirs: Weights, *, num_shards: int, source: str) -> dict[str, object]
     }
 
 
-def _numbers_of_experts(theirs: Weights) -> Iterable[tuple[str, int, int]]:
-    """Yield (name, experts it has, experts of the layer) of M3ViT's expert tensors."""
-    for name, tensor in theirs.items():
-        if _EXPERTS_OF_MTL.fullmatch(name):
-            gate = name.partition("experts.")[0] + "gate."
-            sizes = [t.shape[1] for k, t in theirs.items() if k.startswith(gate) and t.ndim == 2]
-            yield name, len(tensor), sizes[0] if sizes else 0
-
-
 def missing_experts(theirs: Weights) -> str | None:
     """Say which experts are not in M3ViT's tensors, comparing them with the gate; None: all are."""
-    for name, found, num_experts in _numbers_of_experts(theirs):
-        if num_experts == 0:
+    for name in filter(_EXPERTS_OF_MTL.fullmatch, theirs):
+        found, gate = len(theirs[name]), name.partition("experts.")[0] + "gate."
+        sizes = [t.shape[1] for k, t in theirs.items() if k.startswith(gate) and t.ndim == 2]
+        if not sizes:
             return f"{name} has {found} experts and no gate beside it says of how many"
-        if found != num_experts:
-            return f"{name} has {found} of {num_experts} experts"
+        if found != sizes[0]:
+            return f"{name} has {found} of {sizes[0]} experts"
     return None
 
 
@@ -331,9 +321,6 @@ def merge_shards(shards: Sequence[Weights], *, source: str) -> MtlFile:
 
     Expert tensors are joined in that order, which is that of the gate's columns, unless each rank
     has all experts already. All else is the first rank's; final norm and head are kept aside.
-
-    Raises:
-        ValueError: Together they do not have all experts.
     """
     split = [encoder_of(shard) for shard in shards]
     (theirs, top), num_shards = split[0], 1
@@ -349,7 +336,7 @@ def merge_shards(shards: Sequence[Weights], *, source: str) -> MtlFile:
 
 
 def dropped_weights(meta: Json) -> Weights:
-    """Return what `to_mtl` put aside; nothing for a file that is not ours."""
+    """Return the tensors that `to_mtl` set aside; none for a file that is not ours."""
     own = meta.get("moevit")
     dropped = own.get("dropped") if isinstance(own, Mapping) else None
     found = dropped.items() if isinstance(dropped, Mapping) else ()
@@ -357,7 +344,7 @@ def dropped_weights(meta: Json) -> Weights:
 
 
 def from_mtl(file: MtlFile) -> Weights:
-    """Return the weights of a global file by our names, and those that `to_mtl` put aside.
+    """Return the weights of a global file by our names, with those that `to_mtl` set aside.
 
     Raises:
         ValueError: Our model has no such parameters: gates per task, a distillation token, ...; or

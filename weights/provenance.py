@@ -51,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Initial:
-    """The origin of every parameter, what of the checkpoint was not used, and how experts began."""
+    """The origin of every parameter, which tensors were not used, and what the experts compute."""
 
     entries: list[Entry]
     left_out: list[str]
@@ -59,7 +59,7 @@ class Initial:
 
     @property
     def values(self) -> dict[str, Callable[[], Tensor]]:
-        """New values by name, whole, in fp32; each is made when asked for, one at a time."""
+        """New values by name, whole, in fp32; each is made when it is called, one at a time."""
         return {entry.name: entry.value for entry in self.entries if entry.value is not None}
 
     def by_origin(self) -> dict[str, list[str]]:

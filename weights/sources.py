@@ -1,8 +1,8 @@
-"""Weights from whatever holds them, recognised by what it is, with the options of their run.
+"""Weights from a file or folder of any known kind, with the options of their run.
 
     run folder | checkpoint | safetensors | torch.save | folder of FastMoE -> read_source -> Source
 
-The formats are listed in export.py. What is incomplete is refused with the way to complete it.
+export.py lists the formats. A refusal of incomplete weights says how to complete them.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which of the things in the source is meant.
+    """What to take where a source holds several.
 
     weights: "model" as trained, or "ema" for their average.
-    metric: of a run's checkpoints the best by this figure, None for the newest.
-    stem: of a folder's files those named <stem>_rank<r>.pth.
+    metric: the best of a run's checkpoints by this figure; None for the newest.
+    stem: the files <stem>_rank<r>.pth of a folder.
     """
 
     weights: str = "model"
@@ -82,34 +82,27 @@ def picked_metric(pick: str, metric: str | None) -> str | None:
 def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
     """Return the newest complete checkpoint of a run, or the best one by a figure of its state.
 
-    Also returned is what is wrong with those that come before it. `metric` is "+name" where the
-    highest figure is the best and "-name" where the lowest is.
-
-    Raises:
-        ValueError: None is complete, or none has the figure.
+    The second value says what is wrong with those that come before it. `metric` is "+name" where
+    the highest figure is the best and "-name" where the lowest is.
     """
-    folders = verify.candidates(run_folder)
-    if figure := verify.figure_name(metric):
-        scores = {folder: verify.score(folder, figure) for folder in folders}
+    folders = verify.candidates(run_folder, metric=metric)
+    if metric is not None:  # here a person asks for the figure: no other checkpoint will do
         known = {name for folder in folders for name in verify.claimed_figures(folder)}
-        folders = [folder for folder in folders if math.isfinite(scores[folder])]
+        folders = [folder for folder in folders if math.isfinite(verify.score(folder, metric))]
         if not folders:
             raise ValueError(
                 f"--metric {metric}: no checkpoint in {run_folder} has this figure "
                 f"(there are: {', '.join(sorted(known)) or 'none'})"
             )
-        folders.sort(key=lambda folder: scores[folder], reverse=True)
-    problems: list[str] = []
-    for folder in folders:
-        try:
-            return verify.verify(folder), tuple(problems)
-        except ValueError as error:
-            problems.append(str(error).removeprefix("checkpoint "))
-    raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
+    found, rejected = verify.first_whole(folders)
+    problems = tuple(reason.removeprefix("checkpoint ") for reason in rejected.values())
+    if found is None:
+        raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
+    return found, problems
 
 
 def _our_options(value: object) -> Json:
-    """Return the options of a run of ours, {} for anything else that a file says of itself."""
+    """Return `value` if it is the options of a run of ours, {} if a file means something else."""
     model = value.get("model") if isinstance(value, dict) else None
     sections = [model.get(name) for name in ("vit", "moe")] if isinstance(model, dict) else [None]
     is_ours = isinstance(value, dict) and all(isinstance(part, dict) for part in sections)
@@ -117,9 +110,9 @@ def _our_options(value: object) -> Json:
 
 
 def _class_ids(value: object, weights: Weights) -> tuple[str, ...]:
-    """Return the class ids of a list, or of one in JSON; () of anything else.
+    """Return the class ids in a list or in its JSON, () for anything else.
 
-    Other projects' files have lists of that name, too: only one as long as the head is taken.
+    Other projects' files have lists of that name too, so it must be as long as the head.
     """
     try:
         found = json.loads(value) if isinstance(value, str) else value
@@ -132,7 +125,7 @@ def _class_ids(value: object, weights: Weights) -> tuple[str, ...]:
 
 
 def other_classes(trained: Sequence[str], given: Sequence[str]) -> str | None:
-    """Say where the classes of weights are not those of a dataset; None: nowhere, or unknown."""
+    """Say how the classes of weights differ from a dataset's; None if not, or if unknown."""
     pairs = enumerate(zip(trained, given, strict=False))
     differing = [(number, *pair) for number, pair in pairs if pair[0] != pair[1]]
     if not differing:
@@ -163,7 +156,7 @@ def _read_run(folder: Path, choice: Choice) -> Source:
 
 
 def _refuse_unused(path: Path, choice: Choice, *, is_run: bool, is_ranks: bool) -> None:
-    """Refuse what says which of several to take, where there is one."""
+    """Refuse an argument that picks one of several where there is only one."""
     if choice.metric is not None and not is_run:
         raise ValueError(f"--pick best: has no effect on {path}, which is no run folder")
     if choice.stem is not None and not is_ranks:
@@ -218,7 +211,7 @@ def _read_pickle(path: Path, choice: Choice) -> Source:
 
 
 def _read_shards(folder: Path, choice: Choice) -> Source:
-    """Join the files of FastMoE's ranks; of each only its state dict is kept in memory."""
+    """Join the files of FastMoE's ranks; only the state dict of each stays in memory."""
     key = "model_ema" if choice.weights == "ema" else None
     files = weight_files.shard_files(folder, stem=choice.stem)
     shards = [_state_dict(weight_files.read_pickle(path), path, key=key) for path in files]
@@ -233,8 +226,8 @@ def read_source(path: Path, choice: Choice) -> Source:
     """Read whatever is at `path`.
 
     Raises:
-        FileNotFoundError: Nothing is.
-        ValueError: It is not what this program can read, damaged, or incomplete.
+        FileNotFoundError: There is nothing.
+        ValueError: It is of no known kind, damaged or incomplete.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")

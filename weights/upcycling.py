@@ -1,23 +1,24 @@
 """Experts made of a dense MLP: which of them gets which part of it, and with which factor.
 
-    a block's weights in a checkpoint + Plan -> find_recipe -> made_entry, one per parameter
+    Job -> its recipe for each block with experts -> made_entry, one per parameter
 
-A dense MLP  y = V gelu(U x + a) + b  of width H becomes E experts of width F, of which a token uses
-k. With G = H / F shards (G = 1: copies) and S, what a token's weights sum to at logits of zero:
+A dense MLP  y = V gelu(U x + a) + b  of width H becomes E experts of width F; a token uses k of
+them. With G = H / F shards (G = 1: copies) and S, the sum of a token's weights at zero logits:
 
     expert j has shard s = j mod G:  rows s of U, a as they are; columns s of V times G / S; b / S
     S = 1 if weights are normalised, else k / E (a softmax over all experts) or k / 2 (sigmoid)
 
-Every token's sum of weight * expert is then y if its weights sum to S and, for each shard, those of
-the experts with that shard to S / G: see `effect_of` for when they do. Source: sparse upcycling
-(arXiv 2212.05055), virtual groups (arXiv 2410.07524), which scale U and V by a square root each:
-not exact through a GELU. All else that a model begins with is in warm_start.py.
+The sum of weight * expert is then y for every token whose weights sum to S, and to S / G over the
+experts of each shard: `effect_of` says when they do. Sources: sparse upcycling (arXiv 2212.05055)
+and virtual groups (arXiv 2410.07524), which scale U and V by a square root each: that is not exact
+through a GELU. Everything else that a model begins with is in warm_start.py.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from layers import init
 from weights.formats import Weights
 from weights.provenance import COPIED, DRAWN, LOADED, SCRATCH, SPLIT, TIED, ZERO, Entry
 
-GATE_STD = 0.02  # as the gate has it from scratch
+GATE_STD = 0.02  # of a gate from scratch
 
 _IN_FFN = re.compile(r"(blocks\.\d+\.mlp\.)(.+)")
 _DENSE_OF = {
@@ -40,7 +41,7 @@ _DENSE_OF = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertFacts:
-    """What of the options of the experts decides how a dense MLP becomes some.
+    """The options that decide how a dense MLP becomes experts.
 
     is_normalized: a token's k weights sum to 1.
     is_noisy: in training, noise or closed experts act on the choice of experts.
@@ -62,7 +63,7 @@ class ExpertFacts:
 
     @property
     def weight_sum(self) -> float:
-        """What the k weights of a token sum to where all logits are zero: S."""
+        """The sum S of a token's k weights where all logits are zero."""
         if self.is_normalized:
             return 1.0
         return self.top_k / (2 if self.router == "sigmoid" else self.num_experts)
@@ -70,14 +71,14 @@ class ExpertFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was asked for.
+    """What the user asked for.
 
     mode: scratch, deit_warm_start or deit_upcycling.
-    experts: "random", "copy" or "split". None: as in the checkpoint, where a block of it has
-        experts; else random in deit_warm_start and, in deit_upcycling, copy where an expert is as
-        wide as the dense MLP, split where it is narrower.
-    gate: "random", or "virtual_group": the G experts that together are one dense MLP have one row.
-    gate_std: of the gate's values; None: those from scratch, or GATE_STD for virtual groups.
+    experts: "random", "copy" or "split". None: those of the checkpoint where its block has experts;
+        elsewhere random in deit_warm_start and, in deit_upcycling, copy if an expert is as wide as
+        the dense MLP, split if it is narrower.
+    gate: "random", or "virtual_group": the G experts that make up one dense MLP share a row.
+    gate_std: of the gate's values; None: as from scratch, or GATE_STD for virtual groups.
     """
 
     mode: str
@@ -92,6 +93,49 @@ class Recipe:
 
     origin: str
     num_shards: int = 1
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the experts are made of a dense MLP."""
+        return self.origin in (COPIED, SPLIT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The model to begin: full shapes by name, and what they do not tell; dense: no `experts`."""
+
+    shapes: Mapping[str, torch.Size]
+    grid_hw: tuple[int, int]
+    num_pos_prefix: int
+    seed: int
+    experts: ExpertFacts | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint's weights by our names, {} from scratch, and the model that begins with them.
+
+    `origin` names the checkpoint in errors; `source_grid_hw` is its patch grid, None if square.
+    """
+
+    source: Weights
+    target: Target
+    plan: Plan
+    origin: str
+    source_grid_hw: tuple[int, int] | None = None
+
+    @property
+    def facts(self) -> ExpertFacts:
+        """The options of the model's experts."""
+        assert self.target.experts is not None, "a model with experts has their options"
+        return self.target.experts
+
+    @functools.cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """What happens to the experts of each feed-forward that has some, by its prefix."""
+        names = [name for name in self.target.shapes if name.endswith(".mlp.experts.w_in")]
+        prefixes = [name.removesuffix("experts.w_in") for name in names]
+        return {prefix: _find_recipe(self, prefix) for prefix in prefixes}
 
 
 def expert_tensor(
@@ -131,11 +175,7 @@ def ffn_of(name: str) -> str:
 
 
 def _num_shards(kind: str | None, *, dense_dim: int, hidden_dim: int, facts: ExpertFacts) -> int:
-    """Return in how many parts the dense MLP is cut, 1 for copies.
-
-    Raises:
-        ValueError: Experts of this width and number cannot be made of it.
-    """
+    """Return in how many parts the dense MLP is cut, 1 for copies."""
     widths = f"an expert is {hidden_dim} wide, the dense MLP {dense_dim}"
     if facts.activation != "gelu":
         raise ValueError(
@@ -165,20 +205,9 @@ def _check_gate(plan: Plan, num_shards: int, facts: ExpertFacts) -> None:
         )
 
 
-def find_recipe(
-    prefix: str,
-    source: Weights,
-    *,
-    hidden_dim: int,
-    facts: ExpertFacts | None,
-    plan: Plan,
-    origin: str,
-) -> Recipe:
-    """Return what happens to the experts, `hidden_dim` wide, of the feed-forward `prefix`.
-
-    Raises:
-        ValueError: They cannot be made of what `source`, called `origin`, has there.
-    """
+def _find_recipe(job: Job, prefix: str) -> Recipe:
+    """Return what happens to the experts of the feed-forward `prefix`."""
+    source, plan, origin = job.source, job.plan, job.origin
     default = "random" if plan.mode == "deit_warm_start" else None
     kind = default if plan.experts is None else plan.experts
     if f"{prefix}experts.w_in" in source:
@@ -193,28 +222,19 @@ def find_recipe(
         return Recipe(SCRATCH)
     if f"{prefix}fc1.weight" not in source:
         raise ValueError(f"{origin}: has no {prefix}fc1.weight to make experts of")
-    assert facts is not None, "a model with experts has their options"
     num_shards = _num_shards(
         kind,
         dense_dim=len(source[f"{prefix}fc1.weight"]),
-        hidden_dim=hidden_dim,
-        facts=facts,
+        hidden_dim=job.target.shapes[f"{prefix}experts.w_out"][1],
+        facts=job.facts,
     )
-    _check_gate(plan, num_shards, facts)
+    _check_gate(plan, num_shards, job.facts)
     return Recipe(SPLIT if num_shards > 1 else COPIED, num_shards)
 
 
-def made_entry(
-    name: str,
-    shape: torch.Size,
-    *,
-    recipe: Recipe,
-    source: Weights,
-    facts: ExpertFacts,
-    plan: Plan,
-    seed: int,
-) -> Entry:
+def made_entry(job: Job, name: str, recipe: Recipe) -> Entry:
     """Return a parameter of a feed-forward whose experts are made of a dense MLP."""
+    plan, facts, shape = job.plan, job.facts, job.target.shapes[name]
     prefix, inner = _in_ffn(name)
     num_shards, total = recipe.num_shards, facts.weight_sum
     if inner in _DENSE_OF:
@@ -227,7 +247,7 @@ def made_entry(
         def value() -> Tensor:
             return expert_tensor(
                 part,
-                source[dense_name],
+                job.source[dense_name],
                 num_shards=num_shards,
                 num_experts=facts.num_experts,
                 weight_sum=total,
@@ -239,7 +259,7 @@ def made_entry(
         size = num_shards if plan.gate == "virtual_group" else 1
 
         def rows() -> Tensor:
-            rng = init.generator(seed, name)
+            rng = init.generator(job.target.seed, name)
             return gate_rows(shape, num_shards=size, std=std, rng=rng)
 
         detail = f"std {std:g}" + (f", groups of {size}" if size > 1 else "")
@@ -251,13 +271,14 @@ def made_entry(
     return Entry(name, shape, SCRATCH)
 
 
-def effect_of(plan: Plan, recipes: Iterable[Recipe], facts: ExpertFacts | None) -> str:
+def effect_of(job: Job) -> str:
     """Say whether the blocks with experts compute what the dense ones did.
 
     Exact needs weights of constant sum and, for parts of an MLP, each part equally weighted, which
     virtual groups give: a token takes all G of a group, whose scores are equal.
     """
-    made = [recipe for recipe in recipes if recipe.origin in (COPIED, SPLIT)]
+    plan, facts = job.plan, job.target.experts
+    made = [recipe for recipe in job.recipes.values() if recipe.is_made]
     if facts is None or not made:
         return "none made of a dense MLP"
     reasons = []
@@ -272,5 +293,5 @@ def effect_of(plan: Plan, recipes: Iterable[Recipe], facts: ExpertFacts | None) 
     if reasons:
         return f"the dense function approximately: {'; '.join(reasons)}"
     is_disturbed = (has_parts and facts.is_noisy) or facts.drops_rows
-    caveat = ", but for what training does to the choice of experts" if is_disturbed else ""
+    caveat = ", except for routing noise and dropped rows in training" if is_disturbed else ""
     return f"the dense function exactly{caveat}"

@@ -1,7 +1,7 @@
 """Which folders are checkpoints, whether each is whole, and how good it says it is.
 
-    <run folder> -> candidates -> verify (every byte against its manifest) -> Checkpoint
-                               -> score (a figure of state.json) -> the best of them
+    <run folder> -> candidates (newest or best first) -> first_whole -> Checkpoint
+                    score: a figure of state.json        verify: every byte against the manifest
 
 A folder counts only if it belongs to this user and every byte matches its manifest. One process.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,8 @@ from weights.dcp_writer import MANIFEST, NAME, SCHEMA_VERSION, STATE, Json, sha2
 
 # Larger ones are not ours: a manifest has some 120 bytes for each rank.
 _MAX_JSON_BYTES = 8 * 2**20
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
 _READERS = 8
-
-
 # Names of figures as users of the option know them, where ours differ.
 _FIGURES = {"val_top1": "top1", "val_top5": "top5"}
 
@@ -56,18 +51,13 @@ class Checkpoint:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: It is too large, no JSON, or JSON of something else.
-        OSError: It cannot be read.
-    """
+    """Return the object in a JSON file of ours, which is small: one of another size is not read."""
     if (num_bytes := path.lstat().st_size) > _MAX_JSON_BYTES:
         raise ValueError(f"{path.name} has {num_bytes} bytes, at most {_MAX_JSON_BYTES}")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds a {type(value).__name__}, must be an object")
     return value
@@ -90,7 +80,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise ValueError(f"{MANIFEST} {name} sha256={digest}: must be 64 hex digits")
         files[name] = (size, digest)
-    # No digest covers this file, so not a byte of it may be other than it was written.
+    # No digest covers this file, so it must be, to the byte, what `encode` makes of its content.
     if dcp_writer.encode(manifest) != (folder / MANIFEST).read_bytes():
         raise ValueError(f"{MANIFEST} is not as it was written")
     return files
@@ -134,8 +124,8 @@ def verify(folder: Path) -> Checkpoint:
     """Return the checkpoint in `folder` after reading every byte of it.
 
     Raises:
-        ValueError: A file is missing, extra, different from the manifest, or somebody else could
-            have written it; it is named.
+        ValueError: A file is missing, extra, differs from the manifest, or could have been written
+            by somebody else; it is named.
     """
     try:
         _check_files(folder)
@@ -144,20 +134,6 @@ def verify(folder: Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder.name}: {error}") from error
     return Checkpoint(folder, state)
-
-
-def candidates(root: Path) -> list[Path]:
-    """Return what is named like a checkpoint, newest step and attempt first."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        if match := NAME.fullmatch(path.name):
-            found.append((int(match[1]), int(match[3] or 1), path))
-    return [path for _, _, path in sorted(found, reverse=True)]
-
-
-def figure_name(metric: str | None) -> str | None:
-    """Return "+name" or "-name" with the name that the figure has in state.json."""
-    return metric and f"{metric[0]}{_FIGURES.get(metric[1:], metric[1:])}"
 
 
 def claimed_figures(folder: Path) -> dict[str, object]:
@@ -174,9 +150,37 @@ def score(folder: Path, metric: str) -> float:
 
     `metric` is "+name" where the highest figure is the best and "-name" where the lowest is.
     """
-    sign = {"+": 1.0, "-": -1.0}[metric[0]]
+    sign, name = {"+": 1.0, "-": -1.0}[metric[0]], metric[1:]
     try:
-        value = sign * float(claimed_figures(folder)[metric[1:]])  # type: ignore[arg-type]
+        figure = claimed_figures(folder)[_FIGURES.get(name, name)]
+        value = sign * float(figure)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError):
         return -math.inf
     return value if math.isfinite(value) else -math.inf
+
+
+def candidates(root: Path, *, metric: str | None = None) -> list[Path]:
+    """Return what is named like a checkpoint, newest step and attempt first.
+
+    With `metric`, see `score`, the best come first; of equals, and of those that do not have the
+    figure, the newest.
+    """
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        if match := NAME.fullmatch(path.name):
+            found.append((int(match[1]), int(match[3] or 1), path))
+    folders = [path for _, _, path in sorted(found, reverse=True)]
+    if metric is not None:  # a stable sort: equals stay in order of age
+        folders.sort(key=lambda folder: score(folder, metric), reverse=True)
+    return folders
+
+
+def first_whole(folders: Iterable[Path]) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """Return the first complete checkpoint, and what is wrong with each of those before it."""
+    rejected: dict[Path, str] = {}
+    for folder in folders:
+        try:
+            return verify(folder), rejected
+        except ValueError as error:
+            rejected[folder] = str(error)
+    return None, rejected

@@ -1,20 +1,18 @@
 """What each parameter of a model begins with, given the weights of a checkpoint.
 
-    weights of a checkpoint + shapes of a model + Plan -> initial_weights -> Initial: one Entry each
+    Job: a checkpoint's weights, a model's shapes, a Plan -> initial_weights -> Initial: Entries
 
-Equal names are loaded; positions are resampled to another grid of patches (timm's bicubic); final
-norm, pool and head start from scratch where the checkpoint lacks them or has other classes; for
-experts see upcycling.py. qkv is laid out [q | k | v] in timm, DeiT, M3ViT and here alike. Nothing
-else may be missing, left over or of another shape. All is about whole tensors, so the values are
-the same on any mesh. No files, no ranks and no models here.
+Equal names are loaded. Positions are resampled if the grid of patches differs (timm's bicubic).
+Final norm, pool and head start from scratch if the checkpoint lacks them or has other classes. For
+experts see upcycling.py. timm, DeiT, M3ViT and we all lay qkv out as [q | k | v]. Nothing else may
+be missing, left over or of another shape. Every value is a whole tensor, so it is the same on any
+mesh. No files, no ranks and no models here.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -22,33 +20,10 @@ from torch import Tensor
 
 from weights import formats, upcycling
 from weights.formats import Weights, listed
-from weights.provenance import COPIED, LOADED, RESAMPLED, SCRATCH, SPLIT, Entry, Initial, in_short
-from weights.upcycling import ExpertFacts, Plan, Recipe
+from weights.provenance import LOADED, RESAMPLED, SCRATCH, Entry, Initial, in_short
+from weights.upcycling import Job, Recipe
 
 _HEADS = ("head.", "head_dist.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """The model to begin: full shapes by name, and what they do not tell; dense: no `experts`."""
-
-    shapes: Mapping[str, torch.Size]
-    grid_hw: tuple[int, int]
-    num_pos_prefix: int
-    seed: int
-    experts: ExpertFacts | None
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The arguments of `initial_weights`, and a recipe for each feed-forward that has experts."""
-
-    source: Weights
-    target: Target
-    plan: Plan
-    origin: str
-    source_grid_hw: tuple[int, int] | None
-    recipes: Mapping[str, Recipe]
 
 
 def resolve_mode(mode: str, *, source: Weights | None, has_experts: bool) -> str:
@@ -62,7 +37,7 @@ def resolve_mode(mode: str, *, source: Weights | None, has_experts: bool) -> str
 
 
 def split_distillation(weights: Weights) -> tuple[Weights, Weights]:
-    """Return `weights` without a distilled DeiT's second token and its head, and these."""
+    """Split off a distilled DeiT's second token and that token's head: (the rest, these two)."""
     second = {
         name: tensor
         for name, tensor in weights.items()
@@ -83,7 +58,7 @@ def without_distillation(weights: Weights) -> Weights:
     return {**kept, "pos_embed": torch.cat([pos_1LD[:, :1], pos_1LD[:, 2:]], dim=1)}
 
 
-def _grid_of(job: _Job, num_patches: int) -> tuple[int, int]:
+def _grid_of(job: Job, num_patches: int) -> tuple[int, int]:
     """Return the patches down and across that the checkpoint's positions are for."""
     side = math.isqrt(max(num_patches, 0))
     grid_hw = job.source_grid_hw or (side, side)
@@ -96,7 +71,7 @@ def _grid_of(job: _Job, num_patches: int) -> tuple[int, int]:
     return grid_hw
 
 
-def _positions(job: _Job) -> Entry:
+def _positions(job: Job) -> Entry:
     """Return the position embedding, resampled if the grid of patches is another one."""
     pos_1LD, new_hw = job.source["pos_embed"].float(), job.target.grid_hw
     shape, prefix = job.target.shapes["pos_embed"], job.target.num_pos_prefix
@@ -117,8 +92,8 @@ def _is_top(name: str) -> bool:
     return formats.is_top(name) or name.startswith(_HEADS)
 
 
-def _is_replaced(job: _Job, name: str) -> bool:
-    """Whether a parameter after the blocks starts anew: not there, or for other classes."""
+def _is_replaced(job: Job, name: str) -> bool:
+    """Whether a parameter after the blocks starts from scratch: absent, or for other classes."""
     if not _is_top(name):
         return False
     found = job.source.get(name)
@@ -129,21 +104,12 @@ def _loaded(source: Weights, name: str) -> Tensor:
     return source[name].float()
 
 
-def _entry(job: _Job, name: str) -> Entry:
-    """Return what one parameter gets; that a loaded one is there is checked before."""
+def _entry(job: Job, name: str) -> Entry:
+    """Return what one parameter gets; `_problems` checks that what it loads is there."""
     shape = job.target.shapes[name]
     recipe = job.recipes.get(upcycling.ffn_of(name))
-    if recipe is not None and recipe.origin in (COPIED, SPLIT):
-        assert job.target.experts is not None, "a model with experts has their options"
-        return upcycling.made_entry(
-            name,
-            shape,
-            recipe=recipe,
-            source=job.source,
-            facts=job.target.experts,
-            plan=job.plan,
-            seed=job.target.seed,
-        )
+    if recipe is not None and recipe.is_made:
+        return upcycling.made_entry(job, name, recipe)
     if recipe == Recipe(SCRATCH) or _is_replaced(job, name):
         return Entry(name, shape, SCRATCH)
     if name == "pos_embed" and name in job.source:
@@ -151,14 +117,14 @@ def _entry(job: _Job, name: str) -> Entry:
     return Entry(name, shape, LOADED, "", (name,), functools.partial(_loaded, job.source, name))
 
 
-def _may_be_left_out(job: _Job, name: str) -> bool:
-    """Whether a tensor of the checkpoint may go unused: what it belongs to starts anew."""
+def _may_be_left_out(job: Job, name: str) -> bool:
+    """Whether a tensor of the checkpoint may go unused: its part of the model is new."""
     recipe = job.recipes.get(upcycling.ffn_of(name))
     return _is_top(name) or recipe == Recipe(SCRATCH)
 
 
-def _problems(job: _Job, entries: list[Entry]) -> list[str]:
-    """Say which parameters have no counterpart, or one of another shape."""
+def _problems(job: Job, entries: list[Entry]) -> list[str]:
+    """Say which parameters have no counterpart, or a counterpart of another shape."""
     absent, shapes = [], []
     for entry in entries:
         lacking = [name for name in entry.sources if name not in job.source]
@@ -174,51 +140,25 @@ def _problems(job: _Job, entries: list[Entry]) -> list[str]:
     return problems + ([listed(shapes)] if shapes else [])
 
 
-def initial_weights(
-    source: Weights,
-    *,
-    target: Target,
-    plan: Plan,
-    origin: str,
-    source_grid_hw: tuple[int, int] | None = None,
-) -> Initial:
+def initial_weights(job: Job) -> Initial:
     """Return what every parameter of a model begins with.
-
-    `source` are a checkpoint's weights by our names, {} for plan.mode scratch; `origin` names it in
-    errors; `source_grid_hw` is its grid of patches, None for a square one.
 
     Raises:
         ValueError: A parameter of the model is not there, or has another shape, or the checkpoint
             has one more, or experts cannot be made of its MLPs; or a gate option has no effect.
     """
+    plan, target = job.plan, job.target
     if plan.mode == "scratch":
         entries = [Entry(name, shape, SCRATCH) for name, shape in target.shapes.items()]
         return Initial(entries, [], "none made of a dense MLP")
-    prefixes = [
-        name.removesuffix("experts.w_in")
-        for name in target.shapes
-        if name.endswith(".mlp.experts.w_in")
-    ]
-    recipes = {
-        prefix: upcycling.find_recipe(
-            prefix,
-            source,
-            hidden_dim=target.shapes[f"{prefix}experts.w_out"][1],
-            facts=target.experts,
-            plan=plan,
-            origin=origin,
-        )
-        for prefix in prefixes
-    }
-    is_made = any(recipe.origin in (COPIED, SPLIT) for recipe in recipes.values())
+    is_made = any(recipe.is_made for recipe in job.recipes.values())
     for option, default in (("gate", "random"), ("gate_std", None)):
         value = getattr(plan, option)
         if value != default and not is_made:
             raise ValueError(f"config init.{option}={value}: no experts are made of a dense MLP")
-    job = _Job(source, target, plan, origin, source_grid_hw, recipes)
     entries = [_entry(job, name) for name in target.shapes]
     if problems := _problems(job, entries):
-        raise ValueError(f"{origin}: does not fit the model: {'; '.join(problems)}")
+        raise ValueError(f"{job.origin}: does not fit the model: {'; '.join(problems)}")
     used = {name for entry in entries for name in entry.sources}
-    left_out = [name for name in source if name not in used]
-    return Initial(entries, left_out, upcycling.effect_of(plan, recipes.values(), target.experts))
+    left_out = [name for name in job.source if name not in used]
+    return Initial(entries, left_out, upcycling.effect_of(job))

@@ -45,8 +45,9 @@ class Ours:
     def save(root: Path, step: int, value: float) -> None:
         state = {"step": step, "metrics": {"loss": 1.0}}
         folder = checkpoint.save(root, tensors(value), state=state, loss=1.0)
+        nothing = {"known": frozenset(), "protected": frozenset()}
         keep = {"keep_last": 2, "keep_best": 0, "metric": "-val_loss"}
-        run_folder.sweep(root, known={folder}, protected={folder}, **keep)
+        run_folder.Retention(**nothing, **keep).sweep_after(folder)
 
     @staticmethod
     def resume(root: Path) -> float | None:
