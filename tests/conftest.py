@@ -6,6 +6,7 @@ import os
 # that makes a pool, which a child's threads then race to throw away ("Invalid thread pool").
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import gc
 import multiprocessing
 import pickle
 import socket
@@ -29,6 +30,9 @@ def _free_port() -> int:
 
 def _child(variables, pipe, fn, args):
     os.environ.update(variables)
+    # Megatron-FSDP calls gc.collect() for each model. In a forked child that walks all of pytest's
+    # heap and copies its pages, which took longer than the whole test: leave the heap out of it.
+    gc.freeze()
     status = 1
     try:
         with distributed.process_group("cpu", timeout_s=60) as world:
