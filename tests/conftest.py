@@ -89,6 +89,27 @@ def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = TIMEOUT_S
     return results
 
 
+# Nearly every test of these takes seconds: it kills processes, runs programs or compiles kernels.
+SLOW_MODULES = {
+    "test_bad_data",
+    "test_bench",
+    "test_faults_async",
+    "test_faults_elastic",
+    "test_faults_kills",
+    "test_faults_run",
+    "test_kernels_compile",
+    "test_readme",
+    "test_resharding",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out."""
+    for item in items:
+        if item.path.stem in SLOW_MODULES:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Callable:
     """The function `ranks(n, fn, *args)`: results of `fn(world, *args)` on n gloo ranks."""

@@ -127,7 +127,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["dense", *(pytest.param(name, marks=pytest.mark.slow) for name in [*CASES][1:])]
+)
 def test_a_step_runs_one_unbroken_graph_per_unit(ranks, small_run, case):
     world_size, options, kinds = CASES[case]
     config = small_run("model.compile=true", *SURE, *options)
@@ -213,6 +215,7 @@ def test_compiled_training_is_eager_training(ranks, small_run, case):
             torch.testing.assert_close(values, expected_shards[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_bit_for_bit_and_goes_on_uncompiled(ranks, small_run, tmp_path):
     options = [*BUSY, *NOISY, "training.steps=3", "training.val_interval=2"]
     options += [f"dataset.train.batch_size={BATCH}", "training.checkpoint.keep_last=9"]

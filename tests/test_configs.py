@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -390,6 +391,7 @@ def teacher_flops(name):
     return counter.get_total_flops()
 
 
+@functools.cache
 def exaflops(name):
     """What a whole run computes: a backward pass takes twice its forward pass."""
     per_image = 3 * built(name).flops_per_image() + teacher_flops(name)

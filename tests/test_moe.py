@@ -101,6 +101,7 @@ def test_expert_parallel_training_equals_one_process(ranks, plain, world_size, m
         assert moved == [True] * STEPS, "each rank's expert storage changes in every step"
 
 
+@pytest.mark.slow
 def test_meta_init_with_expert_parallelism_is_eager_init_bit_for_bit(ranks):
     eager = {name: p.detach() for name, p in moe_vit().named_parameters()}
     cases = [
@@ -121,6 +122,7 @@ def load_weights(world, mesh, root):
     return parts(shards)
 
 
+@pytest.mark.slow
 def test_checkpoint_has_the_global_expert_layout_and_loads_at_any_ep(ranks, tmp_path):
     ranks(4, save_weights, (1, 2, 2), tmp_path)
     expected = {name: p.detach() for name, p in moe_vit().named_parameters()}

@@ -1,5 +1,7 @@
 """Megatron-FSDP through sharding.py against a single process of plain PyTorch."""
 
+import functools
+
 import megatron_fsdp
 import pytest
 import torch
@@ -209,6 +211,7 @@ def initial_parts(world, strategy, on_meta, options):
     return parts(shard(world, model, strategy=strategy)[1])
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 WIDE = {"embed_dim": 192, "depth": 2, "num_heads": 3}
 
 
@@ -218,9 +221,9 @@ WIDE = {"embed_dim": 192, "depth": 2, "num_heads": 3}
         pytest.param(1, SMALL, id="small-1"),
         pytest.param(2, SMALL, id="small-2"),
         pytest.param(4, SMALL, id="small-4"),
-        pytest.param(2, {**WIDE, "depth": 12}, id="deep-2"),
-        pytest.param(4, {**WIDE, "weight_init": "jax", "init_values": 1e-4}, id="jax-4"),
-        pytest.param(4, {**WIDE, "global_pool": "map", "fix_init": True}, id="map-4"),
+        slow(2, {**WIDE, "depth": 12}, id="deep-2"),
+        slow(4, {**WIDE, "weight_init": "jax", "init_values": 1e-4}, id="jax-4"),
+        slow(4, {**WIDE, "global_pool": "map", "fix_init": True}, id="map-4"),
     ],
 )
 def test_meta_init_is_eager_init_bit_for_bit(ranks, world_size, options):
@@ -281,21 +284,23 @@ def test_small_gradients_are_left_as_they_are(ranks, max_norm):
     assert (flat - whole).norm() <= 1e-5 * norm
 
 
-def load_and_list(world, full):
-    model, shards = shard(world, small_vit(seed=1))
+def load_and_answer(world, full, dtype):
+    model, shards = shard(world, small_vit(seed=1), compute_dtype=dtype)
+    with torch.no_grad():  # what was gathered for it must not be used again
+        model.eval()(batch(0, 0)[0].to(dtype))
     sharding.load_full(shards, full)
     sharding.install_weights(model)
-    model.eval()
     with torch.no_grad():
-        return model(batch(0, 0)[0])
+        return model(batch(0, 0)[0].to(dtype))
 
 
-def test_full_tensors_load_into_shards(ranks):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_forward_uses_full_tensors_loaded_into_shards(ranks, dtype):
     source = small_vit(seed=2)
-    expected = source(batch(0, 0)[0]).detach()
-    logits = ranks(2, load_and_list, {n: p.detach() for n, p in source.named_parameters()})
-    for rank_logits in logits:
-        torch.testing.assert_close(rank_logits, expected)
+    full = {name: p.detach().clone() for name, p in source.named_parameters()}
+    expected = source.to(dtype)(batch(0, 0)[0].to(dtype)).detach()
+    for logits in ranks(2, load_and_answer, full, dtype):
+        torch.testing.assert_close(logits, expected)
 
 
 def test_meta_device_without_sharding_is_refused(ranks):

@@ -73,6 +73,7 @@ def test_a_killed_run_resumes_bit_for_bit_from_each_save_point(
                 assert final_after == final, "same weights, average and optimizer state"
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_step_resumes_bit_for_bit(ranks, small_run, tmp_path):
     whole = small_run(*RESUME, f"training.checkpoint.path={tmp_path / 'whole'}")
     parted = small_run(*RESUME, f"training.checkpoint.path={tmp_path / 'parted'}")
@@ -424,6 +425,7 @@ def train_worse_and_worse(world, config):
     train.train(config, world)
 
 
+@pytest.mark.slow
 def test_the_best_is_resumed_and_newer_steps_are_set_aside(ranks, small_run, tmp_path, capfd):
     saved = ["training.val_interval=2", "training.checkpoint.keep_last=9"]
     ranks(1, train_worse_and_worse, small_run(*saved, "training.steps=6"))
