@@ -1,5 +1,6 @@
 # make train       train the default model on the bundled images (installs on first use; resumes)
-# make test        lint, types and tests (installs on first use)
+# make test        lint, types and all tests (installs on first use)
+# make quick       the tests that take a few seconds at most: for everyday work
 # make bench       all CPU benchmarks, in less than ten minutes, and their tables in the docs
 # make bench-gpu   those of one CUDA device; ARGS=--dry: the same code with tiny sizes on a CPU
 # make setup       only install, into .venv
@@ -10,19 +11,25 @@ NPROC ?= $(or $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 ARGS ?=
 # Tests run in so many processes, some with up to four ranks of their own; 0: in this one, for --pdb.
 TEST_PROCESSES ?= 2
+# Seconds that a test's ranks have for their result: more for a slow or busy machine.
+export MOEVIT_TEST_TIMEOUT_S ?= 180
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 BIN := .venv/bin
 # One thread per rank: ranks share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test lint bench bench-gpu clean
+.PHONY: setup train test quick lint bench bench-gpu clean
 
 setup: .venv/.train
 train: .venv/.train
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+quick: .venv/.test
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff format --check .

@@ -2,7 +2,9 @@
 
     install() -> the library's modules see a `torch` of their own; `torch` itself stays as it is
 
-On CUDA it is not used. parallel/sharding.py calls it before the first model is sharded.
+The library assumes CUDA: streams, events, asynchronous and coalesced collectives. Replacing the
+name `torch` in the modules that use them leaves everybody else's torch alone, so nothing has to be
+undone. On CUDA it is not used; parallel/sharding.py installs it before the first model is sharded.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 
 class _Finished:
-    """A handle of a collective, stream or event that has nothing left to wait for."""
+    """A collective's handle, a stream or an event: on a CPU there is never anything to wait for."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -34,7 +36,7 @@ class _Finished:
 
 
 class _Forward:
-    """An object that answers with its own attributes first and the wrapped module's after."""
+    """A module with some attributes replaced; all others are looked up in the module itself."""
 
     def __init__(self, target: object, **own: object) -> None:
         self.__dict__.update(own, _target=target)
@@ -53,17 +55,17 @@ def _cpu_tensor(*args: object, **kwargs: object) -> Tensor:
 def _all_gather(
     output_tensor: Tensor, input_tensor: Tensor, *, group: dist.ProcessGroup, **_: object
 ) -> _Finished:
-    """Gather and block: coalesced asynchronous collectives on gloo end in SIGSEGV now and then."""
+    """Gather and block: coalesced asynchronous collectives on gloo sometimes crash (SIGSEGV)."""
     if group.size() == 1:
         output_tensor.copy_(input_tensor)
-    else:  # of a list: gloo takes 1.3 times as long to gather into one tensor
+    else:  # into a list: gloo takes 1.3 times as long to gather into one tensor
         parts = list(output_tensor.view(group.size(), -1).unbind())
         dist.all_gather(parts, input_tensor, group=group)
     return _Finished()
 
 
 def _reduce_scatter(output: Tensor, input: Tensor, *, op: object, group: dist.ProcessGroup) -> None:
-    """Exchange parts and add them up, in rank order: gloo's own takes twice as long."""
+    """Exchange parts and sum them in rank order: gloo's own reduce-scatter takes twice as long."""
     assert op == dist.ReduceOp.SUM, f"{op}: gradients are sums"
     if group.size() > 1:
         received = torch.empty_like(input)
@@ -74,6 +76,7 @@ def _reduce_scatter(output: Tensor, input: Tensor, *, op: object, group: dist.Pr
 
 
 def _all_reduce(tensor: Tensor, *, op: dist.ReduceOp, group: dist.ProcessGroup) -> None:
+    # A group of one rank has nothing to add, and the library asks all the same.
     if group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
 
@@ -107,5 +110,5 @@ def install() -> None:
         vars(importlib.import_module(f"megatron_fsdp.{name}"))["torch"] = proxy
     buffers = importlib.import_module("megatron_fsdp.param_and_grad_buffer")
     vars(buffers)["_coalescing_manager"] = _no_coalescing
-    # "using device cpu instead of the current device cuda:0": meant, and said once per rank.
+    # It warns on each rank that the device is cpu and not cuda:0, which is what we want.
     logging.getLogger("megatron_fsdp.megatron_fsdp").setLevel(logging.ERROR)

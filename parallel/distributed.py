@@ -1,7 +1,7 @@
-"""Process group, device mesh, random seeds and decisions that all ranks take together.
+"""Process group, device meshes, random seeds, and what the devices are. Nothing knows of models.
 
-Nothing here knows of models. Only this file and launch.py read the environment; images/decoding.py
-sets variables while it loads a library.
+Only this file and launch.py read the environment; images/reading.py sets variables while it loads a
+library.
 
     torchrun's variables -> World (rank, size, device) -> Meshes (dense, expert) -> sharding.py
 """
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel import launch
 from parallel.seeds import stable_seed
-
-T = TypeVar("T")
 
 AXES = ("dp_outer", "dp_shard", "ep")
 
@@ -44,7 +41,7 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, how many there are, and the device that it computes on."""
+    """This process's rank, the number of processes, and the device that this one computes on."""
 
     rank: int
     size: int
@@ -80,7 +77,7 @@ class Meshes:
 
 
 def expand_path(text: str) -> Path:
-    """Return a path with ~ and variables of the environment filled in.
+    """Return `text` as a path, with ~ and environment variables expanded.
 
     Raises:
         ValueError: A variable is not set; the message names it.
@@ -117,16 +114,17 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
 
     Raises:
         ValueError: The environment is not one that torchrun makes.
-        OSError: There is no such place to meet, or another program is there.
+        OSError: MASTER_ADDR does not resolve, or its port is taken or cannot be reached.
     """
     rank, world_size, local_rank = launch.launch_facts()
     world = World(rank, world_size, local_rank, pick_device(device, local_rank))
     timeout = timedelta(seconds=timeout_s)
-    # On CUDA, gloo rides along for decisions about CPU objects (which checkpoint, which config).
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
+        # Gloo rides along for decisions about CPU objects (which checkpoint, which config).
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(world.device)
     else:
+        backend = "gloo"
         launch.keep_freed_memory()
     if "RANK" in os.environ:
         place = launch.check_meeting_place()
@@ -138,26 +136,21 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
                 f"others there: {str(err).strip().splitlines()[0]}"
             ) from err
     else:
-        dist.init_process_group(
-            backend,
-            timeout=timeout,
-            store=torch._C._distributed_c10d.HashStore(),
-            rank=0,
-            world_size=1,
-        )
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     is_clean = False
     try:
         yield world
         is_clean = True
     finally:
-        # After an error NCCL would wait here for peers that wait for this rank, and the message
-        # would never come; the process is about to end.
+        # After an error NCCL would wait here for peers that are waiting for this rank, and the
+        # error would never be shown. The process is about to end anyway.
         if is_clean or world.device.type == "cpu":
             dist.destroy_process_group()
 
 
 def lost_rank(error: RuntimeError) -> str | None:
-    """Return what to say of an error that means that another rank is gone, None of any other."""
+    """Return a message if `error` means that another rank is gone, None for any other error."""
     if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
         return None
     frames = traceback.extract_tb(error.__traceback__)
@@ -170,10 +163,10 @@ def lost_rank(error: RuntimeError) -> str | None:
 
 
 def build_meshes(*, dp_outer: int, dp_shard: int | None, ep: int, device: torch.device) -> Meshes:
-    """Return the meshes for `dp_outer x dp_shard x ep` ranks; dp_shard=None takes what is left.
+    """Return the meshes for `dp_outer x dp_shard x ep` ranks; dp_shard=None fills the world.
 
     Raises:
-        ValueError: The product is not the world size; the message spells the product out.
+        ValueError: The product is not the world size.
     """
     world_size = dist.get_world_size()
     if dp_shard is None and world_size % (dp_outer * ep):

@@ -1,6 +1,6 @@
 """How this process was started: as one of torchrun's ranks, or alone.
 
-environment -> launch_facts -> check_meeting_place; and what a process sets before it computes
+torchrun's variables -> launch_facts -> check_meeting_place; and glibc's settings for training
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 FACTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PORTS = range(1, 2**16)
-FIND_HOST_S = 20  # the name of a machine that has just started may not be known at once
+FIND_HOST_S = 20  # DNS may not know a machine that has just started
 
 
 def _number(name: str) -> int:
@@ -27,7 +27,7 @@ def launch_facts() -> tuple[int, int, int]:
     """Return (rank, world size, local rank) as torchrun set them, or (0, 1, 0) without it.
 
     Raises:
-        ValueError: Some are not set, no numbers, or the rank is none of so many.
+        ValueError: A variable is missing, is not a number, or RANK >= WORLD_SIZE.
     """
     missing = [name for name in FACTS if name not in os.environ]
     if len(missing) == len(FACTS):
@@ -59,8 +59,8 @@ def check_meeting_place() -> str:
     """Return MASTER_ADDR:MASTER_PORT, where torchrun's ranks meet.
 
     Raises:
-        ValueError: One of them is not set, or no port.
-        OSError: There is no such host: torch would look for it for as long as it waits for ranks.
+        ValueError: One of them is not set, or the port is not a port number.
+        OSError: The host does not resolve. torch would not say so, and would wait for the ranks.
     """
     address = os.environ.get("MASTER_ADDR")
     if not address:
@@ -83,11 +83,11 @@ def check_meeting_place() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, instead of handing it back to the system.
+    """Let this process keep the memory that it frees, instead of returning it to the system.
 
-    A training step frees and takes the same memory again. By default glibc returns what is free at
-    the end of the heap, and every page of it is faulted in anew, thousands in a step on a CPU. The
-    size from which a block is mapped by itself is set to where glibc moves it, at most, 32 MiB.
+    Each training step frees memory that the next one takes again. By default glibc returns whatever
+    is free at the end of the heap, so a step on a CPU faults in thousands of pages anew. Blocks of
+    32 MiB and more still get a mapping of their own: glibc never raises that threshold higher.
     C libraries without `mallopt` (macOS, musl) are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -3,15 +3,15 @@
     vit on meta or CPU --shard_model--> MegatronFSDP --build_optimizer--> AdamW over local shards
     microbatch(is_last) -> loss.backward() -> finish_gradients -> clip -> optimizer step
 
-The only file that imports megatron_fsdp (0.6.1). What is worked around, and why, stands at each
-place; `tests/test_sharding.py` holds the whole to a single-process run of plain PyTorch.
-On a machine without CUDA a shim, private to this file, gives the library CPU streams and blocking
-collectives; on CUDA it does not exist.
+The only file that imports megatron_fsdp (0.6.1). Each workaround is explained where it stands;
+`tests/test_sharding.py` compares the whole with plain PyTorch in one process. Without CUDA,
+parallel/cpu_shim.py gives the library CPU streams and blocking collectives.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from parallel import cpu_shim
 from parallel.distributed import Meshes
 
 with warnings.catch_warnings():
-    # "Transformer Engine and Apex are not installed": layers.py says what is used, and why.
+    # "Transformer Engine and Apex are not installed": layers/te.py decides on the former itself.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
     from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model, fully_shard_optimizer
     from megatron_fsdp.megatron_fsdp import MegatronFSDP
@@ -37,7 +37,8 @@ STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 def keep_full_precision(parameter: Tensor, value: Tensor) -> None:
     """Let Megatron-FSDP start the main weight from `value`, not from its rounding in `parameter`.
 
-    The attributes are the protocol by which it asks TransformerEngine's fp8 parameters for theirs.
+    The library asks TransformerEngine's fp8 parameters for their unrounded values through these two
+    attributes, so any parameter that has them is asked.
     """
     parameter.get_high_precision_init_val = lambda: value  # type: ignore[attr-defined]
     parameter.clear_high_precision_init_val = lambda: vars(parameter).pop(  # type: ignore[attr-defined]
@@ -69,11 +70,12 @@ def shard_model(
     """Shard `model` over the meshes; parameters on the meta device are made by reset_parameters.
 
     Main weights, gradients and their communication are fp32; the forward and backward run in
-    `compute_dtype`. A gradient is the sum over all ranks, so the loss of a rank must be divided
-    by the number of ranks (gloo has no pre-multiplied sum, and it is right for experts as well).
+    `compute_dtype`. Gradients are summed over all ranks, not averaged, so each rank must divide its
+    loss by the number of ranks: gloo cannot scale inside a sum, and an average over the ranks that
+    hold an expert would divide by too few, since its gradient has the tokens of all its `ep` peers.
     """
     for name, parameter in model.named_parameters():
-        # The library asks the name in one place and the attribute in another.
+        # The library looks for experts by name in one place and by this attribute in another.
         is_expert = getattr(parameter, "allreduce", True) is False
         assert is_expert == (".experts." in name), f"{name} is half an expert"
     device = torch.device(meshes.dense.device_type)
@@ -89,12 +91,15 @@ def shard_model(
         )
     hybrid: dict[str, object] = {}
     if meshes.dp_outer > 1:
+        # HSDP reduces over both axes at once; the library wants that group ready-made, once for
+        # dense parameters and once for experts, whose replicas lie elsewhere.
         hybrid = {
             "dp_outer_dim": "dp_outer",
             "hybrid_fsdp_group": meshes.dense["dp_outer", "dp_shard"]._flatten().get_group(),
             "hybrid_fsdp_expt_group": meshes.expert["dp_outer", "dp_shard"]._flatten().get_group(),
         }
     if not is_meta and compute_dtype != torch.float32:
+        # Before `model.to` below rounds them.
         for parameter in model.parameters():
             keep_full_precision(parameter, parameter.detach().clone())
     # None: the weights that the forward uses are the main weights, without a copy.
@@ -104,19 +109,25 @@ def shard_model(
         device_mesh=meshes.dense,
         expt_device_mesh=meshes.expert,
         dp_shard_dim="dp_shard",
-        # The library's name for the axis that splits a parameter beside sharding: ours is `ep`.
+        # To the library `ep` is tensor parallelism: an axis along which ranks hold different rows
+        # of a parameter and over which it neither gathers nor reduces.
         tp_dim="ep",
+        # What is gathered and freed as one: a block at a time.
         fsdp_unit_modules=unit_types,
         zero_dp_strategy=strategy_name(strategy),
         outer_dp_sharding_strategy=outer_strategy,
         device=device,
+        # Each unit is then made, sharded and freed in turn: the whole model never exists at once.
         init_model_with_meta_device=is_meta,
-        # A communication dtype other than the main gradients' doubles gradients in groups of one.
+        # Main weights, main gradients, communication. If the last two dtypes differ, the library
+        # doubles gradients in groups of one rank.
         mixed_precision_policy=MixedPrecisionPolicy(main_dtype, torch.float32, torch.float32),
+        # `microbatch` and `finish_gradients` say when gradients are communicated.
         sync_model_each_microbatch=False,
+        # Sum gradients over ranks instead of averaging them.
         calculate_per_token_loss=True,
         # The hook gathers chunk metadata with hundreds of small collectives at each state_dict();
-        # `model_state` reuses what is known from sharding.
+        # `model_state` reuses the metadata made when the model was sharded.
         preproc_state_dict_for_dcp_ckpt=False,
         **hybrid,
     )
@@ -151,10 +162,8 @@ class Shard:
 
 def _num_sharded_ranks(tensor: DTensor) -> int:
     """Return over how many ranks the elements of `tensor` are spread."""
-    count = 1
-    for axis, placement in enumerate(tensor.placements):
-        count *= 1 if placement.is_replicate() else tensor.device_mesh.size(axis)
-    return count
+    axes = enumerate(tensor.placements)
+    return math.prod(tensor.device_mesh.size(n) for n, p in axes if not p.is_replicate())
 
 
 def list_shards(model: MegatronFSDP, *, rename: Callable[[str], str]) -> list[Shard]:
@@ -179,9 +188,9 @@ def list_shards(model: MegatronFSDP, *, rename: Callable[[str], str]) -> list[Sh
 def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Let `optimizer`, built over `Shard.local` tensors, drive the sharded model's weights.
 
-    The library first takes a step with zero gradients to make the state tensors. That decays the
-    weights once and leaves Adam's step count at 1, so the first update would be 1.34 times too
-    small: lr and weight decay are 0 during that step and the counts are 0 after it.
+    To make the state tensors, the library first takes a step with zero gradients. That would decay
+    the weights once and leave Adam's step count at 1, making the first update 1.34 times too small.
+    So lr and weight decay are 0 during that step, and the counts are set back to 0 after it.
     """
     kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -196,10 +205,10 @@ def shard_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def microbatch(model: MegatronFSDP, *, is_last: bool) -> Iterator[None]:
-    """Run the forward and backward of one microbatch; gradients are communicated in the last only.
+    """Run the forward and backward of one microbatch; only the last communicates gradients.
 
-    Before the last, each rank adds its gradients up in `.grad` in fp32, unsharded (4 bytes per
-    parameter), with the library's reduction held back, which ZeRO 2 and 3 make in each.
+    Until then each rank accumulates in `.grad`, in fp32 and unsharded (4 bytes per parameter). Left
+    alone, the library would reduce in every microbatch with ZeRO 2 and 3, so that is held back.
     """
     model.is_last_microbatch = is_last
     if is_last:
@@ -212,8 +221,8 @@ def microbatch(model: MegatronFSDP, *, is_last: bool) -> Iterator[None]:
         parameter.grad_dtype = torch.float32
 
     def hold_back(_: nn.Module, __: object, output: Tensor) -> None:
-        # The library reduces at the end of backward what its hooks have not; the list of that is
-        # made when the gradient of the model's output arrives, and emptied here right after.
+        # At the end of backward the library reduces every parameter that its hooks have not. It
+        # lists them all when the gradient of the model's output arrives; we empty the list then.
         output.register_hook(lambda _: model._params_require_handle_grad.clear())
 
     hook = model.register_forward_hook(hold_back)
@@ -307,7 +316,7 @@ def load_full(shards: list[Shard], tensors: Mapping[str, Tensor]) -> None:
 
 
 def install_weights(model: MegatronFSDP) -> None:
-    """Make the forward use the main weights after they were written to from outside."""
-    # What an evaluation gathered outside of the blocks would be used again as it was.
+    """Make the forward use the main weights after something other than the optimizer wrote them."""
+    # Else parameters outside the blocks that an evaluation has gathered would be used again, stale.
     model.synchronize_param_gather()
     model.install_optimized_model_weights()

@@ -1,4 +1,8 @@
-"""Shared test tools: a runner of gloo ranks, and small datasets."""
+"""Shared test tools: a runner of gloo ranks, and small datasets.
+
+MOEVIT_TEST_TIMEOUT_S: the seconds that a test's ranks have for their result, 180 if not set. Give
+more on a slow or busy machine: `make test MOEVIT_TEST_TIMEOUT_S=600`.
+"""
 
 import os
 
@@ -6,6 +10,7 @@ import os
 # that makes a pool, which a child's threads then race to throw away ("Invalid thread pool").
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import gc
 import multiprocessing
 import pickle
 import socket
@@ -17,8 +22,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from options import compose
 from parallel import distributed
+from tests.support.options import small_options
+
+TIMEOUT_S = float(os.environ.get("MOEVIT_TEST_TIMEOUT_S", "180"))
 
 
 def _free_port() -> int:
@@ -29,6 +36,9 @@ def _free_port() -> int:
 
 def _child(variables, pipe, fn, args):
     os.environ.update(variables)
+    # Megatron-FSDP calls gc.collect() for each model. In a forked child that walks all of pytest's
+    # heap and copies its pages, which took longer than the whole test: leave the heap out of it.
+    gc.freeze()
     status = 1
     try:
         with distributed.process_group("cpu", timeout_s=60) as world:
@@ -42,7 +52,7 @@ def _child(variables, pipe, fn, args):
         os._exit(status)
 
 
-def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = 180) -> list:
+def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = TIMEOUT_S) -> list:
     """Run `fn(world, *args)` on gloo ranks in forked processes; return their results by rank."""
     context = multiprocessing.get_context("fork")
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
@@ -60,7 +70,10 @@ def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = 180) -> l
     try:
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(timeout_s):
-                pytest.fail(f"rank {rank} of {world_size} gave no result in {timeout_s} s")
+                pytest.fail(
+                    f"rank {rank} of {world_size} gave no result in {timeout_s:g} s "
+                    "(MOEVIT_TEST_TIMEOUT_S gives it more)"
+                )
             try:
                 is_ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
@@ -74,6 +87,27 @@ def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = 180) -> l
             if process.is_alive():
                 process.kill()
     return results
+
+
+# Nearly every test of these takes seconds: it kills processes, runs programs or compiles kernels.
+SLOW_MODULES = {
+    "test_bad_data",
+    "test_bench",
+    "test_faults_async",
+    "test_faults_elastic",
+    "test_faults_kills",
+    "test_faults_run",
+    "test_kernels_compile",
+    "test_readme",
+    "test_resharding",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out."""
+    for item in items:
+        if item.path.stem in SLOW_MODULES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -100,17 +134,4 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_run(image_folder, tmp_path) -> Callable:
     """`small_run(*overrides)`: options of a two-block ViT on `image_folder`, run in tmp_path."""
-    base = [
-        "model.vit.img_size=32",
-        "model.vit.num_classes=3",
-        "model.vit.embed_dim=36",
-        "model.vit.depth=2",
-        f"dataset.train.root={image_folder}",
-        "optimizer.warmup_steps=0",
-        "dataset.train.batch_size=5",
-        "dataset.val.batch_size=2",
-        "dataset.num_workers=0",
-        f"training.checkpoint.path={tmp_path / 'run'}",
-        "training.tensorboard=false",
-    ]
-    return lambda *overrides: compose.compose("vit_tiny_patch8_64", [*base, *overrides])
+    return small_options(image_folder, tmp_path / "run")

@@ -47,6 +47,8 @@ BUSY = [
     "training.ema_decay=0.9",
 ]
 EXPERTS = ["model.moe.num_experts=4", "model.moe.mlp_ratio=1"]
+# One block with attention, a dense network and experts: inductor compiles C++ for half a minute.
+WITH_ALL = [*EXPERTS, "model.moe.every_n=1", "model.moe.shared_ratio=1", "model.vit.depth=1"]
 # Every second block: one of three has experts.
 NOISY = [*EXPERTS, "model.moe.router=noisy_topk", "model.moe.load_coef=0.1"]
 NOISY += ["model.moe.jitter=0.1", "model.moe.capacity_factor=0.9", "model.moe.z_coef=0.01"]
@@ -126,7 +128,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["dense", *(pytest.param(name, marks=pytest.mark.slow) for name in [*CASES][1:])]
+)
 def test_a_step_runs_one_unbroken_graph_per_unit(ranks, small_run, case):
     world_size, options, kinds = CASES[case]
     config = small_run("model.compile=true", *SURE, *options)
@@ -189,19 +193,18 @@ PARITY = {
     "ZeRO 2, 2 ranks": (2, ["fsdp.zero_dp_strategy=2", "training.ema_decay=0.9"], "aot_eager"),
     "experts on 2 ranks": (2, [*EXPERTS, "distributed.ep=2"], "aot_eager"),
     "ZeRO 0": (1, ["fsdp.zero_dp_strategy=0"], "aot_eager"),
-    "inductor": (1, EXPERTS, "inductor"),
-    "inductor, experts on 2 ranks": (2, [*EXPERTS, "distributed.ep=2"], "inductor"),
+    "inductor": (2, [*WITH_ALL, "distributed.ep=2"], "inductor"),
 }
-PARITY_CASES = [
-    pytest.param(name, marks=pytest.mark.slow if "inductor" in name else ()) for name in PARITY
-]
 
 
-@pytest.mark.parametrize("case", PARITY_CASES)
+SLOW = dict.fromkeys(("ZeRO 2, 2 ranks", "experts on 2 ranks", "inductor"), pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=SLOW.get(name, ())) for name in PARITY])
 def test_compiled_training_is_eager_training(ranks, small_run, case):
     world_size, options, backend = PARITY[case]
     configs = [
-        small_run(*SURE, *options, "model.vit.depth=2", f"model.compile={is_compiled}")
+        small_run(*SURE, "model.vit.depth=2", *options, f"model.compile={is_compiled}")
         for is_compiled in ("false", "true")
     ]
     for (expected, expected_shards), (figures, shards) in ranks(
@@ -213,6 +216,7 @@ def test_compiled_training_is_eager_training(ranks, small_run, case):
             torch.testing.assert_close(values, expected_shards[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_bit_for_bit_and_goes_on_uncompiled(ranks, small_run, tmp_path):
     options = [*BUSY, *NOISY, "training.steps=3", "training.val_interval=2"]
     options += [f"dataset.train.batch_size={BATCH}", "training.checkpoint.keep_last=9"]

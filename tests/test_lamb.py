@@ -135,6 +135,7 @@ def test_a_rank_without_rows_takes_part_in_the_sum():
     assert not optimizer.state
 
 
+@pytest.mark.slow
 def test_a_whole_run_resumes_with_lamb(ranks, small_run, tmp_path):
     from tests.support.runs import train_and_watch
 

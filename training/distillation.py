@@ -1,4 +1,4 @@
-"""Learn from a teacher: load it, and give its part to the loss of a run.
+"""Distillation: load a teacher and add its part to the loss of a run.
 
 image_BCHW, as augmented and mixed -> teacher, without gradients -> teacher_BY
 logits_2BY of the student's heads -> (1 - alpha) loss(class head) + alpha loss(second head, teacher)
@@ -30,7 +30,7 @@ Rgb = Sequence[float]
 
 
 class Teacher(nn.Module):
-    """A network in eval mode that takes images normalised for its student.
+    """A network in eval mode that takes images as they are normalised for its student.
 
     Shapes: image_BCHW -> logits_BY. `build_teacher` counts `flops_per_image`.
     """
@@ -38,7 +38,7 @@ class Teacher(nn.Module):
     flops_per_image = 0
 
     def __init__(self, model: nn.Module, *, of: tuple[Rgb, Rgb], own: tuple[Rgb, Rgb]) -> None:
-        """`of` is mean and std that images come with, `own` those that `model` was trained with."""
+        """`of`: mean and std of the images that come in; `own`: those `model` was trained with."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         mean_C, std_C, own_mean_C, own_std_C = (
@@ -109,10 +109,10 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, tuple[Rgb, Rgb]]:
 def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) -> Teacher:
     """Return the teacher of a run, on its device in its compute dtype.
 
-    `classes` are the ids of the student's, which the teacher's are compared with if it has any.
+    `classes` are the ids of the student's classes; a teacher with other ids is noted on stderr.
 
     Raises:
-        ValueError: It cannot be loaded, or has other classes or pixels than the student.
+        ValueError: It cannot be loaded, or its classes or image size are not the student's.
     """
     d, data = config.distillation, config.dataset
     assert d.teacher is not None, "the options say so"
@@ -140,7 +140,7 @@ def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) 
             f"config distillation.teacher={d.teacher}: cannot take images of {height} x {width} "
             f"pixels, as model.vit.img_size says: {str(error).strip()}"
         ) from error
-    # torch does not count TransformerEngine's kernels, which a network of ours may use.
+    # The counter does not see TransformerEngine's kernels, which our networks may use.
     if trained is None:
         teacher.flops_per_image = counter.get_total_flops()
     else:
@@ -168,7 +168,7 @@ def distilled_criterion(
 
 
 def with_teacher(run: Run) -> Run:
-    """Return `run` with what its options say of distillation in its loss."""
+    """Return `run` with the distillation of its options in its loss."""
     d = run.config.distillation
     if d.kind == "none":
         return run

@@ -1,4 +1,4 @@
-"""How evenly the experts of each layer are used, summed on the device until somebody asks."""
+"""How evenly each layer uses its experts, summed on the device until the figures are asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import moe
 
-# Figures of a layer: percentages of the rows; even is 100 / E.
+# Figures of a layer: percentages of its rows; an even load is 100 / E.
 LEAST, MOST, DROPPED = "least_load.", "most_load.", "dropped."
 
 
@@ -19,15 +19,15 @@ class ExpertLoad:
         self.rows: dict[str, Tensor] = {}
 
     def add(self, model: nn.Module) -> None:
-        """Count the rows of this rank's last forward; nothing is read by the host."""
+        """Add the rows of this rank's last forward; the host reads nothing."""
         for name, rows in moe.expert_load(model).items():
             self.rows[name] = self.rows[name] + rows if name in self.rows else rows
 
     def figures(self) -> dict[str, float]:
         """Return each layer's least and most loaded expert's percentage of the rows. Collective.
 
-        One all-reduce and one host sync. Rows dropped for want of capacity are in their expert's
-        load, and are given as a percentage of all where there are any.
+        One all-reduce and one host sync. Rows that an expert had no capacity for count in its load;
+        a layer that dropped any has their percentage too.
         """
         if not self.rows:
             return {}
@@ -44,7 +44,7 @@ class ExpertLoad:
 
 
 def summary(figures: dict[str, float], *, num_experts: int) -> dict[str, str]:
-    """Return a line for each layer of `figures`: from the least to the most loaded expert."""
+    """Return a line for each layer of `figures`: the loads of its least and most used experts."""
     lines = {}
     for key, least in figures.items():
         if key.startswith(LEAST):

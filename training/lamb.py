@@ -14,20 +14,21 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB, whose norms are those of whole tensors wherever their rows are.
+    """LAMB whose norms are those of whole tensors, wherever their rows lie.
 
     update = m / (sqrt(v) + eps) + weight_decay * weight, with Adam's m and v;
     weight -= lr * (norm of weight / norm of update) * update. The ratio is 1 where a norm is 0, and
-    in groups without weight decay. An experts' tensor of a layer is one tensor, all experts in it.
+    in groups without weight decay. A layer's experts together form one tensor.
 
     Args:
         groups: parameters may be a rank's rows of a tensor, or none of its rows; every rank has
             the same parameters in the same order.
-        sum_over_ranks: returns the sum of a tensor over all ranks; a call is a collective. Ranks
-            may hold the same rows, but each row of a tensor as often: it cancels in the ratio.
+        sum_over_ranks: returns the sum of a tensor over all ranks; a call is a collective. Several
+            ranks may hold the same rows if all rows of a tensor have equally many copies: their
+            number cancels in the ratio.
 
     Numerics: moments, norms and ratios in the dtype of the parameters; deterministic. One
-    collective for an update, of two numbers for each parameter that is scaled; no host sync.
+    collective per update, with two numbers for each parameter that is scaled; no host sync.
 
     Source: LAMB (arXiv:1904.00962), algorithm 2, with timm's conventions, which are apex's.
     """
@@ -101,7 +102,9 @@ class Lamb(torch.optim.Optimizer):
         weights = dict(zip(own, torch._foreach_norm(own), strict=True)) if own else {}
         changed = [updates[p] for p in own]
         changes = dict(zip(own, torch._foreach_norm(changed), strict=True)) if own else {}
-        zero = scaled[0].new_zeros(())  # a rank without rows of a tensor takes part all the same
+        zero = scaled[0].new_zeros(
+            ()
+        )  # a rank without rows of a tensor still takes part in the sum
         norms_2P = torch.stack(
             [torch.stack([norms.get(p, zero) for p in scaled]) for norms in (weights, changes)]
         )

@@ -1,4 +1,4 @@
-"""What a run leaves to read: log.jsonl, TensorBoard, W&B, a progress bar and the last table.
+"""What a run reports: log.jsonl, TensorBoard, W&B, a progress bar and the final table.
 
     <run folder>/  config.yaml  versions.json  log.jsonl  tensorboard/  wandb/
 
@@ -44,7 +44,7 @@ class _WandbRun(Protocol):
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the numbers."""
+    """Return the versions of Python and of the packages that affect a run's numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -57,7 +57,7 @@ def versions() -> dict[str, str]:
 def start_wandb(
     project: str | None, *, mode: str, folder: Path, options: Mapping[str, object]
 ) -> _WandbRun | None:
-    """Return a W&B run, the same one again on resume, or None without a project.
+    """Return a W&B run, or None without a project; a resumed run goes on with its own.
 
     Raises:
         ValueError: A project was asked for and wandb does not import.
@@ -86,14 +86,14 @@ def start_wandb(
 
 
 def say(text: str) -> None:
-    """Print `text` beside the progress bar; that nobody reads it any more does not end a run."""
+    """Print `text` without breaking the progress bar; a closed pipe does not end the run."""
     if sys.stdout is None:
         return
     try:
         tqdm.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered, and the interpreter's last flush, must not fail either.
+        # Neither what is still buffered nor the interpreter's last flush may fail either.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -114,7 +114,6 @@ class Logbook:
         wandb_mode: str,
         options: Mapping[str, object],
     ) -> None:
-        self._is_main = is_main
         self._file = self._board = self._wandb = self._bar = None
         if not is_main:
             return
@@ -129,19 +128,16 @@ class Logbook:
     def event(self, name: str, **values: object) -> None:
         """Print one `name key=value ...` line and add it to log.jsonl.
 
-        What has a dot in its name belongs to one of many layers and is not printed.
+        A value whose name has a dot belongs to one of many layers and is not printed.
         """
-        if not self._is_main:
+        if self._file is None:
             return
-        if self._file is not None:
-            self._file.write(json.dumps({"time": time.time(), "event": name, **values}) + "\n")
+        self._file.write(json.dumps({"time": time.time(), "event": name, **values}) + "\n")
         shown = [f"{key}={value}" for key, value in values.items() if "." not in key]
         tqdm.write(" ".join([name, *shown]))
 
     def metrics(self, kind: str, *, step: int, values: Mapping[str, float]) -> None:
         """Log figures of `kind` (train, val) after `step` updates to every sink."""
-        if not self._is_main:
-            return
         self.event(kind, step=step, **{key: float(f"{value:.6g}") for key, value in values.items()})
         named = {f"{kind}/{key}": value for key, value in values.items()}
         if self._board is not None:
@@ -156,7 +152,7 @@ class Logbook:
             self._bar.update()
 
     def show(self, **shown: str) -> None:
-        """Let `shown` stand beside the progress bar until replaced."""
+        """Show `shown` beside the progress bar until replaced."""
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
 
@@ -176,8 +172,8 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
         table.add_row(name, value)
     # Borders and padding of two columns take 7 characters.
     width = 7 + max(map(len, rows)) + max(map(len, rows.values()))
-    # Not straight to stdout: rich ends the process if nobody reads it. The encoding is stdout's,
-    # since it decides whether lines are drawn in ASCII.
+    # Not straight to stdout: rich ends the process if the pipe is closed. The encoding is stdout's
+    # because rich draws its lines in ASCII where that has nothing better.
     text = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
     Console(file=text, width=width, soft_wrap=True).print(table)
     text.seek(0)

@@ -12,10 +12,9 @@ from torch.nn import functional
 def smoothed_loss(logits_BY: Tensor, target: Tensor, *, smoothing: float) -> Tensor:
     """Return the mean cross-entropy in fp32 against labels or against target_BY.
 
-    Labels are smoothed (arXiv:1512.00567, sec. 7); mixed targets are already.
+    Labels are smoothed here (arXiv:1512.00567, sec. 7); mixed targets already are.
     """
-    is_mixed = target.ndim > 1
-    label_smoothing = 0 if is_mixed else smoothing
+    label_smoothing = 0 if target.ndim > 1 else smoothing
     return functional.cross_entropy(logits_BY.float(), target, label_smoothing=label_smoothing)
 
 

@@ -1,6 +1,6 @@
 """Parameter groups, learning rate as a function of the step, the optimizers, averaged weights.
 
-The learning rate of a step depends on the step alone, so a resumed run needs no scheduler.
+The learning rate depends on the step alone, so a resumed run restores no scheduler.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def parameter_groups(
     layer_decay: float | None = None,
     depth: int = 0,
 ) -> list[ParameterGroup]:
-    """Split trainable parameters into groups of one weight decay and one scale of the lr.
+    """Group trainable parameters by weight decay and by their scale of the learning rate.
 
-    With `layer_decay` each layer of a network of `depth` blocks has that share of the learning
+    With `layer_decay` each layer of a network of `depth` blocks gets that fraction of the learning
     rate of the layer above it; see `layer_of`. Source: BEiT (arXiv:2106.08254), appendix H.
     """
     groups: dict[tuple[bool, float], ParameterGroup] = {}
@@ -90,7 +90,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer `name` over `groups`, AdamW and SGD in PyTorch's fused form.
 
-    LAMB needs to know how to sum over the ranks that parameters are shared out to.
+    LAMB needs `sum_over_ranks`, since its norms are those of whole tensors.
 
     Raises:
         ValueError: `name` is not one of OPTIMIZERS.
@@ -118,10 +118,10 @@ def lr_at(
 ) -> float:
     """Return the learning rate of update `step` (from 0): linear warm-up, then a cosine.
 
-    Update `warmup_steps` has the peak, and the last one is one cosine step above `final`, which
-    update `num_steps` would reach. The warm-up begins at `warmup_lr`; without one the first update
-    already learns (peak / warmup_steps). A cosine that is not after the warm-up began at update 0,
-    as if there were none, and is below the peak where the warm-up ends.
+    Update `warmup_steps` has the peak. Update `num_steps` would reach `final`, so the last update
+    is one cosine step above it. The warm-up begins at `warmup_lr`; without one the first update
+    already has peak / warmup_steps. Unless `is_cosine_after_warmup`, the cosine begins at update 0
+    as if there were no warm-up, and is already below the peak when the warm-up ends.
     Source: SGDR (arXiv:1608.03983), equation 5, one period; timm's `CosineLRScheduler`.
     """
     if step < warmup_steps:
@@ -134,9 +134,9 @@ def lr_at(
 
 
 def step_of_epoch(step: int, *, epoch_steps: int) -> int:
-    """Return the update whose learning rate a schedule by epochs gives to update `step`.
+    """Return the update whose learning rate `step` uses under a schedule by epochs.
 
-    It is set after an epoch to that epoch's, counted from 0: so that epochs 0 and 1 have the same.
+    After each epoch the rate is set to that epoch's, counted from 0: epochs 0 and 1 share one.
     Source: the training loop of DeiT, and of Deep Incubation.
     """
     return max(0, step // epoch_steps - 1) * epoch_steps
@@ -149,10 +149,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Ema:
-    """Exponential moving average of tensors, fp32, beginning at their values.
+    """Exponential moving average of tensors, in fp32, starting from their values.
 
-    average = decay * average + (1 - decay) * tensor at every `update`. Elementwise, so shards are
-    averaged where they are.
+    average = decay * average + (1 - decay) * tensor at every `update`. This is elementwise, so each
+    rank averages its own shards.
     """
 
     def __init__(self, tensors: list[Tensor], *, decay: float) -> None:
@@ -161,7 +161,7 @@ class Ema:
         self.decay = decay
 
     def update(self) -> None:
-        """Take the tensors' present values into the average."""
+        """Add the tensors' present values to the average."""
         torch._foreach_lerp_(self.average, self.tensors, 1 - self.decay)
 
     def _swap(self) -> None:
@@ -171,7 +171,7 @@ class Ema:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Give the tensors their averages' values, and their own back at the end."""
+        """Give the tensors the values of their averages, and their own back at the end."""
         self._swap()
         try:
             yield

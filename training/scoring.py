@@ -1,8 +1,8 @@
-"""Score a classifier over validation images: cross-entropy, top-1, top-5, in all and by class.
+"""Score a classifier over validation images: cross-entropy, top-1, top-5, overall and by class.
 
 Batch -> logits_BY -> sums_Y4 of (images, loss, top-1 hits, top-5 hits) by true class -> figures
 
-The loss here is the cross-entropy of the labels as they are, whatever the run trains with
+The loss here is always the cross-entropy with the plain labels, whatever the run trains with
 (training.loss, label_smoothing), so that runs can be compared.
 """
 
@@ -26,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
 
 def _sums(logits_BY: Tensor, label_B: Tensor) -> Tensor:
-    """Return sums_Y4 of a batch; images that only fill it up count for nothing."""
+    """Return sums_Y4 of a batch; images that only pad it do not count."""
     num_classes = logits_BY.shape[1]
     is_real_B = label_B != NOT_COUNTED
     logits_BY, label_B = logits_BY[is_real_B], label_B[is_real_B]
@@ -35,7 +35,7 @@ def _sums(logits_BY: Tensor, label_B: Tensor) -> Tensor:
     is_hit_Bk = best_Bk == label_B[:, None]
     columns = [torch.ones_like(loss_B), loss_B, is_hit_Bk[:, 0], is_hit_Bk.any(1)]
     stats_B4 = torch.stack([column.double() for column in columns], dim=1)
-    # A product and not a scatter, whose order of sums changes from run to run on CUDA.
+    # A product, since a scatter on CUDA sums in an order that changes from run to run.
     return functional.one_hot(label_B, num_classes).double().T @ stats_B4
 
 
@@ -50,8 +50,8 @@ def score(
 ) -> Tensor:
     """Return sums_Y4 by true class over the images of all ranks, in fp64. Collective.
 
-    Every rank runs every batch, since a sharded forward is collective; the model is left in the
-    mode that it was in. `after_batch` is called after each.
+    Ranks need equally many batches, since a sharded forward is collective; the model is left in the
+    mode that it was in. `after_batch` is called after each batch.
     """
     was_training = model.training
     model.eval()
@@ -87,7 +87,7 @@ def figures(sums_Y4: Tensor) -> dict[str, float]:
 
 
 def is_guessing(figures: Mapping[str, float], *, num_classes: int) -> bool:
-    """Return whether top-1 is within three standard deviations of one class for every image."""
+    """Return whether top-1 is no more than three standard deviations above always one class."""
     count = figures["val_images"]
     hits, by_chance = figures["top1"] * count / 100, count / num_classes
     return hits <= by_chance + 3 * math.sqrt(by_chance * (1 - 1 / num_classes))

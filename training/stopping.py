@@ -4,7 +4,7 @@
     exit_code: what a program raises -> one line on stderr and the exit code -> leave
 
 Schedulers send SIGTERM or SIGUSR1 before they take a machine away; torchrun passes SIGTERM on to
-its ranks and kills them 30 s later. One rank may have it earlier than another, or alone.
+its ranks and kills them 30 s later. One rank may get it earlier than the others, or alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,9 @@ EXIT_USER_ERROR, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 5, 69, 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 RESUMES = "; the same command resumes"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# A signal to a whole process group comes twice, once more through torchrun: still one request.
+# A signal to a whole process group arrives twice, the second time through torchrun: one request.
 _SAME_REQUEST_S = 2.0
-# A step of this length does not notice that its host waits for the others.
+# In a step this long, waiting for the other ranks costs nothing worth saving.
 _LONG_STEP_S = 1.0
 
 
@@ -39,7 +39,7 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong
 
 
 class StopSignals:
-    """While entered, takes the signals; the first is a request, a later one ends the process."""
+    """While entered, catches the signals; the first is a request, a later one ends the process."""
 
     def __init__(self) -> None:
         self._name: str | None = None
@@ -48,23 +48,17 @@ class StopSignals:
         self._before: list = []
         self._poll: tuple[Tensor, dist.Work | None] | None = None
         self._polled_at = time.monotonic()
-        self._is_slow = False  # alike on all ranks
+        self._is_slow = False  # the same on all ranks
 
     def __enter__(self) -> StopSignals:
         self._before = [signal.signal(number, self._take) for number in SIGNALS]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in zip(SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def _take(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a loader process, which ends when the trainer does
             return
         now = time.monotonic()
@@ -74,7 +68,7 @@ class StopSignals:
             os._exit(EXIT_STOPPED)
 
     def _ask(self) -> None:
-        """Begin to ask all ranks; on the CPU, so that no GPU is waited for."""
+        """Begin to ask all ranks; on the CPU, so that nobody waits for a GPU."""
         now, work = time.monotonic(), None
         facts = torch.tensor([self._name is not None, now - self._polled_at > _LONG_STEP_S]).int()
         self._polled_at = now
@@ -92,17 +86,17 @@ class StopSignals:
         return is_asked
 
     def agreed(self) -> bool:
-        """Return on every rank whether a rank was asked to stop. Collective, and waits for all."""
+        """Return, on every rank, whether any rank was asked to stop. Collective; waits for all."""
         self._answer()
         self._ask()
         return self._answer()
 
     def agreed_before(self) -> bool:
-        """Return on every rank whether one was asked to stop before it called this the last time.
+        """Return, on every rank, whether any rank had been asked to stop by its previous call.
 
-        Collective, without a wait: what is asked in one step is answered in the next, when all
-        ranks have long passed it. A rank that is alone has its answer at once, and so have all
-        where a step takes long: the next one may end after a scheduler's patience.
+        Collective, but nobody waits: a question asked in one step is answered in the next, when all
+        ranks have long passed it. A single rank is answered at once, and so is every rank when
+        steps are long, since a scheduler may not wait for the end of the next one.
         """
         if dist.get_world_size() == 1 or self._is_slow:
             return self.agreed()
@@ -111,7 +105,7 @@ class StopSignals:
         return is_asked
 
     def describe(self) -> tuple[str, float]:
-        """Return the signal's name and the seconds since the first rank had it. Collective."""
+        """Return the signal's name and the seconds since the first rank got it. Collective."""
         mine = (time.monotonic() - self._at, self._name) if self._name else (0.0, "none")
         everyone: list[tuple[float, str]] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
@@ -168,8 +162,8 @@ def exit_code(
 def leave(code: int) -> None:
     """End this process with an exit code.
 
-    After an error not by sys.exit: on CUDA the interpreter would wait, as it ends, for ranks that
-    are waiting for this one.
+    After an error sys.exit would not do: on CUDA the interpreter's shutdown would wait for ranks
+    that are waiting for this one.
     """
     if code:
         sys.stdout.flush()
