@@ -14,14 +14,14 @@ from timm.models.vision_transformer import VisionTransformer as TimmVit
 import moe
 import train
 from options import compose
-from options.schema import ROUTERS
+from options.schema import InitOptions, ViTOptions
 from routers.router import Router
 from tests.support.networks import build_vit, moe_options
 from tests.support.sharded import parts, worst_error
 from training import loaders, network, prepare, pretrained
 from weights import upcycling, warm_start
 from weights.provenance import in_short
-from weights.upcycling import ExpertFacts, Job, Plan, Target
+from weights.upcycling import Job, Target
 
 DIM, HIDDEN, CLASSES = 24, 96, 7
 SIZES = {"patch_size": 4, "embed_dim": DIM, "depth": 2, "num_heads": 3}
@@ -51,16 +51,8 @@ def image_BCHW():  # noqa: N802  # a shape suffix
 
 
 def facts(num_experts, top_k, kind, normalize):
-    is_normalized = ROUTERS[kind].normalizes if normalize is None else normalize
-    return ExpertFacts(
-        num_experts=num_experts,
-        top_k=top_k,
-        activation="gelu",
-        router=kind,
-        is_normalized=is_normalized,
-        is_noisy=kind.startswith("noisy"),
-        drops_rows=False,
-    )
+    std = {"noise_std": 1.0} if kind == "noisy" else {}
+    return moe_options(num_experts, top_k=top_k, router=kind, normalize=normalize, **std)
 
 
 def moe_vit(hidden, num_experts, top_k, kind="softmax", normalize=True, shared=None, **options):
@@ -92,8 +84,7 @@ def begin(model, source, plan, experts=None, **more):
     """Give `model` its initial weights and return where they come from."""
     target = Target(
         shapes={name: p.shape for name, p in model.named_parameters()},
-        grid_hw=model.options.grid_hw,
-        num_pos_prefix=model.options.num_pos_prefix,
+        vit=model.options,
         seed=5,
         experts=experts,
     )
@@ -108,7 +99,7 @@ def begin(model, source, plan, experts=None, **more):
 def upcycled(dense, hidden, num_experts, top_k, kind, normalize, **plan):
     model = moe_vit(hidden, num_experts, top_k, kind, normalize)
     experts = facts(num_experts, top_k, kind, normalize)
-    initial = begin(model, dense.state_dict(), Plan(mode=UPCYCLING, **plan), experts)
+    initial = begin(model, dense.state_dict(), InitOptions(mode=UPCYCLING, **plan), experts)
     return model, initial
 
 
@@ -123,7 +114,7 @@ def error_of(model, dense, image_BCHW):
 
 def test_a_dense_warm_start_has_timms_logits(dense, image_BCHW):
     model = build_vit(**SMALL, seed=5).eval()
-    begin(model, dense.state_dict(), Plan(mode=WARM_START))
+    begin(model, dense.state_dict(), InitOptions(mode=WARM_START))
     assert error_of(model, dense, image_BCHW) <= 1e-5
 
 
@@ -195,7 +186,7 @@ def test_a_softmax_over_all_chosen_experts_keeps_the_function(dense, image_BCHW,
 def test_a_shared_expert_adds_nothing_at_first(dense, image_BCHW):
 
     model = moe_vit(HIDDEN, 4, 2, shared=48)
-    begin(model, dense.state_dict(), Plan(mode=UPCYCLING), facts(4, 2, "softmax", True))
+    begin(model, dense.state_dict(), InitOptions(mode=UPCYCLING), facts(4, 2, "softmax", True))
     assert error_of(model, dense, image_BCHW) <= 1e-5
 
 
@@ -204,23 +195,22 @@ def test_noise_among_parts_is_a_caveat(dense):
     assert initial.effect.endswith("except for routing noise and dropped rows in training")
 
 
-@pytest.mark.parametrize("changed", [{"drops_rows": True}, {"is_noisy": True}])
+@pytest.mark.parametrize("changed", [{"capacity_factor": 1.0}, {"expert_drop": 0.1}])
 def test_for_copies_only_a_capacity_is_a_caveat(dense, changed):
     experts = dataclasses.replace(facts(4, 2, "softmax", True), **changed)
-    initial = begin(moe_vit(HIDDEN, 4, 2), dense.state_dict(), Plan(mode=UPCYCLING), experts)
-    assert ("except for routing noise" in initial.effect) == ("drops_rows" in changed)
+    initial = begin(moe_vit(HIDDEN, 4, 2), dense.state_dict(), InitOptions(mode=UPCYCLING), experts)
+    assert ("except for routing noise" in initial.effect) == ("capacity_factor" in changed)
 
 
 def test_gates_of_virtual_groups_differ_between_blocks_and_seeds(dense):
     recipe = upcycling.Recipe("split", 2)
-    plan = Plan(mode=UPCYCLING, gate="virtual_group")
+    plan = InitOptions(mode=UPCYCLING, gate="virtual_group")
     gates = []
     for block, seed in ((0, 0), (1, 0), (0, 1), (0, 0)):
         name = f"blocks.{block}.mlp.router.gate.weight"
         target = Target(
             shapes={name: torch.Size((4, DIM))},
-            grid_hw=(1, 1),
-            num_pos_prefix=1,
+            vit=ViTOptions(img_size=4, patch_size=4),
             seed=seed,
             experts=facts(4, 2, "softmax", True),
         )
@@ -247,7 +237,7 @@ def test_every_part_is_used_equally_often():
 
 def test_another_image_size_resamples_the_positions_as_timm_does(dense):
     model = build_vit(**{**SMALL, "img_size": (24, 16)}, seed=5)
-    initial = begin(model, dense.state_dict(), Plan(mode=WARM_START))
+    initial = begin(model, dense.state_dict(), InitOptions(mode=WARM_START))
     expected = resample_abs_pos_embed(dense.pos_embed, new_size=[6, 4], num_prefix_tokens=1)
     assert torch.equal(model.pos_embed, expected)
     assert torch.equal(model.pos_embed[:, 0], dense.pos_embed[:, 0])
@@ -257,23 +247,23 @@ def test_another_image_size_resamples_the_positions_as_timm_does(dense):
 def test_fixed_positions_of_a_checkpoint_are_kept_and_stay_fixed(dense):
     model = build_vit(**SMALL, pos_embed="sincos", seed=5)
     assert not torch.equal(model.pos_embed, dense.pos_embed)
-    begin(model, dense.state_dict(), Plan(mode=WARM_START))
+    begin(model, dense.state_dict(), InitOptions(mode=WARM_START))
     assert torch.equal(model.pos_embed, dense.pos_embed)
     assert not model.pos_embed.requires_grad
 
 
 def test_positions_of_a_known_grid_are_resampled_even_if_their_number_agrees(dense):
     model = build_vit(**{**SMALL, "img_size": (8, 32)}, seed=5)
-    begin(model, dense.state_dict(), Plan(mode=WARM_START))
+    begin(model, dense.state_dict(), InitOptions(mode=WARM_START))
     assert not torch.equal(model.pos_embed, dense.pos_embed)
-    begin(model, dense.state_dict(), Plan(mode=WARM_START), source_grid_hw=(2, 8))
+    begin(model, dense.state_dict(), InitOptions(mode=WARM_START), source_grid_hw=(2, 8))
     assert torch.equal(model.pos_embed, dense.pos_embed)
 
 
 def test_other_classes_get_a_head_from_scratch(dense, image_BCHW):
     model = build_vit(**{**SMALL, "num_classes": 3}, seed=5).eval()
     before = model.head.weight.clone()
-    initial = begin(model, dense.state_dict(), Plan(mode=WARM_START))
+    initial = begin(model, dense.state_dict(), InitOptions(mode=WARM_START))
     assert initial.by_origin()["from scratch"] == ["head.weight", "head.bias"]
     assert initial.left_out == ["head.weight", "head.bias"]
     assert torch.equal(model.head.weight, before)
@@ -301,18 +291,18 @@ def test_a_distilled_checkpoint_loses_its_second_token_in_a_model_without(tmp_pa
     assert torch.equal(found["head.weight"], source["head.weight"])
     assert torch.equal(found["pos_embed"][:, 0], source["pos_embed"][:, 0])
     assert torch.equal(found["pos_embed"][:, 1:], source["pos_embed"][:, 2:])
-    begin(build_vit(**SMALL, seed=5), found, Plan(mode=WARM_START))
+    begin(build_vit(**SMALL, seed=5), found, InitOptions(mode=WARM_START))
 
 
 def test_a_distilled_model_has_timms_logits(tmp_path, distilled, image_BCHW):
     path = tmp_path / "distilled.pth"
     torch.save({"model": distilled.state_dict()}, path)
     model = build_vit(**SMALL, distilled=True, seed=5).eval()
-    initial = begin(model, pretrained.read(str(path)).weights, Plan(mode=WARM_START))
+    initial = begin(model, pretrained.read(str(path)).weights, InitOptions(mode=WARM_START))
     assert list(initial.by_origin()) == ["loaded"]
     assert error_of(model, distilled, image_BCHW) <= 1e-5
     fewer = build_vit(**{**SMALL, "num_classes": 3}, distilled=True, seed=5)
-    initial = begin(fewer, distilled.state_dict(), Plan(mode=WARM_START))
+    initial = begin(fewer, distilled.state_dict(), InitOptions(mode=WARM_START))
     heads = [f"{head}.{kind}" for head in ("head", "head_dist") for kind in KINDS]
     assert initial.by_origin()["from scratch"] == heads
 
@@ -324,7 +314,7 @@ def test_an_encoder_of_m3vit_loses_it_too_and_lacks_a_top(tmp_path, distilled):
     torch.save({"model": {f"encoder.{name}": t for name, t in inner.items()}, "epoch": 3}, path)
     found = warm_start.without_distillation(pretrained.read(str(path)).weights)
     assert torch.equal(found["pos_embed"][:, 1:], source["pos_embed"][:, 2:])
-    initial = begin(build_vit(**SMALL, seed=5), found, Plan(mode=WARM_START))
+    initial = begin(build_vit(**SMALL, seed=5), found, InitOptions(mode=WARM_START))
     assert initial.by_origin()["from scratch"] == TOP
 
 
@@ -345,25 +335,25 @@ GATE = ["blocks.{1}.mlp.router.gate.weight"]
 @pytest.mark.parametrize(
     ("plan", "hidden", "expected"),
     [
-        (Plan(mode="scratch"), HIDDEN, {"from scratch": ["*", *EXPERTS, *GATE]}),
-        (Plan(mode=WARM_START), 30, {"loaded": ["*"], "from scratch": [*EXPERTS, *GATE]}),
+        (InitOptions(mode="scratch"), HIDDEN, {"from scratch": ["*", *EXPERTS, *GATE]}),
+        (InitOptions(mode=WARM_START), 30, {"loaded": ["*"], "from scratch": [*EXPERTS, *GATE]}),
         (
-            Plan(mode=WARM_START, experts="copy"),
+            InitOptions(mode=WARM_START, experts="copy"),
             HIDDEN,
             {"loaded": ["*"], "copied": EXPERTS, "from scratch": GATE},
         ),
         (
-            Plan(mode=WARM_START, experts="split", gate_std=0.1),
+            InitOptions(mode=WARM_START, experts="split", gate_std=0.1),
             HIDDEN // 2,
             {"loaded": ["*"], "split": EXPERTS, "drawn": GATE},
         ),
         (
-            Plan(mode=UPCYCLING),
+            InitOptions(mode=UPCYCLING),
             HIDDEN,
             {"loaded": ["*"], "copied": EXPERTS, "from scratch": GATE},
         ),
         (
-            Plan(mode=UPCYCLING, gate="virtual_group"),
+            InitOptions(mode=UPCYCLING, gate="virtual_group"),
             HIDDEN // 2,
             {"loaded": ["*"], "split": EXPERTS, "tied": GATE},
         ),
@@ -396,12 +386,12 @@ def test_experts_of_the_checkpoint_are_loaded_as_they_are(dense):
     model, _ = upcycled(dense, HIDDEN, 4, 2, "softmax", True)
     twin = moe_vit(HIDDEN, 4, 2)
     experts = facts(4, 2, "softmax", True)
-    initial = begin(twin, model.state_dict(), Plan(mode=WARM_START), experts)
+    initial = begin(twin, model.state_dict(), InitOptions(mode=WARM_START), experts)
     assert list(initial.by_origin()) == ["loaded"]
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.experts are there already"):
-        begin(twin, model.state_dict(), Plan(mode=UPCYCLING), experts)
+        begin(twin, model.state_dict(), InitOptions(mode=UPCYCLING), experts)
     with pytest.raises(ValueError, match="there already"):
-        begin(twin, model.state_dict(), Plan(mode=WARM_START, experts="copy"), experts)
+        begin(twin, model.state_dict(), InitOptions(mode=WARM_START, experts="copy"), experts)
 
 
 def test_names_in_short():
@@ -446,7 +436,7 @@ def test_experts_that_cannot_be_made_are_refused(dense, hidden, num_experts, pla
 def test_experts_of_another_activation_are_refused(dense):
     experts = dataclasses.replace(facts(4, 2, "softmax", True), activation="relu")
     with pytest.raises(ValueError, match=r"moe\.activation=relu: must be gelu"):
-        begin(moe_vit(HIDDEN, 4, 2), dense.state_dict(), Plan(mode=UPCYCLING), experts)
+        begin(moe_vit(HIDDEN, 4, 2), dense.state_dict(), InitOptions(mode=UPCYCLING), experts)
 
 
 def test_what_does_not_fit_is_named(dense):
@@ -454,22 +444,22 @@ def test_what_does_not_fit_is_named(dense):
     model = build_vit(**SMALL, seed=5)
     lacking = {name: tensor for name, tensor in source.items() if name != "cls_token"}
     with pytest.raises(ValueError, match=r"^it: does not fit the model: it lacks cls_token$"):
-        begin(model, lacking, Plan(mode=WARM_START))
+        begin(model, lacking, InitOptions(mode=WARM_START))
     more = {**source, "blocks.2.norm1.weight": torch.zeros(DIM)}
     with pytest.raises(ValueError, match=r"the model lacks blocks\.\{2\}\.norm1\.weight$"):
-        begin(model, more, Plan(mode=WARM_START))
+        begin(model, more, InitOptions(mode=WARM_START))
     other = {**source, "norm.weight": torch.zeros(DIM + 1)}
     with pytest.raises(ValueError, match=r"norm\.weight is \(25,\), not \(24,\)"):
-        begin(model, other, Plan(mode=WARM_START))
+        begin(model, other, InitOptions(mode=WARM_START))
     odd = {**source, "pos_embed": torch.zeros(1, 12, DIM)}
     with pytest.raises(ValueError, match=r"pos_embed \(1, 12, 24\): must have 1 positions"):
-        begin(model, odd, Plan(mode=WARM_START))
+        begin(model, odd, InitOptions(mode=WARM_START))
 
 
 def test_a_gate_option_without_made_experts_is_refused(dense):
     model, experts = moe_vit(HIDDEN, 4, 2), facts(4, 2, "softmax", True)
     with pytest.raises(ValueError, match=r"init\.gate_std=0\.1: no experts are made"):
-        begin(model, dense.state_dict(), Plan(mode=WARM_START, gate_std=0.1), experts)
+        begin(model, dense.state_dict(), InitOptions(mode=WARM_START, gate_std=0.1), experts)
 
 
 @pytest.mark.parametrize(

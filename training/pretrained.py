@@ -17,18 +17,17 @@ import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-from options.schema import ROUTERS, Config
+from options.schema import InitOptions
 from parallel import sharding
 from parallel.collectives import broadcast_or_raise, capture
 from training.logbook import Logbook
 from training.run import Run
-from vit import VisionTransformer
 from weights import formats, warm_start
 from weights.files import write_text
 from weights.formats import MtlFile, Weights
 from weights.provenance import LOADED, Initial
 from weights.sources import Choice, Source, other_classes, read_source
-from weights.upcycling import ExpertFacts, Job, Plan, Target
+from weights.upcycling import Job, Target
 
 TABLE, HEAD = "init.txt", "head.weight"
 
@@ -149,33 +148,6 @@ def read_on_main(checkpoint: str, *, is_main: bool) -> Pretrained:
     return dataclasses.replace(known, weights=weights)
 
 
-def _expert_facts(config: Config) -> ExpertFacts | None:
-    o = config.model.moe
-    if not o.num_experts:
-        return None
-    return ExpertFacts(
-        num_experts=o.num_experts,
-        top_k=o.top_k,
-        activation=o.activation,
-        router=o.router,
-        is_normalized=o.is_normalized,
-        is_noisy=ROUTERS[o.router].is_noisy or o.expert_drop > 0,
-        drops_rows=o.capacity_factor is not None,
-    )
-
-
-def _target(run: Run) -> Target:
-    vit = run.model.get_submodule("module")
-    assert isinstance(vit, VisionTransformer), "what prepare.prepare has wrapped"
-    return Target(
-        shapes={shard.name: shard.main.shape for shard in run.shards},
-        grid_hw=vit.options.grid_hw,
-        num_pos_prefix=vit.options.num_pos_prefix,
-        seed=run.config.training.seed,
-        experts=_expert_facts(run.config),
-    )
-
-
 @torch.no_grad()
 def _install(run: Run, initial: Initial, *, origin: str) -> None:
     """Write the new values into this rank's main weights; the average begins with them too."""
@@ -201,9 +173,15 @@ def begin(run: Run) -> Beginning:
         OSError: On every rank, if the checkpoint cannot be read.
         ValueError: The same, or it does not fit the model.
     """
-    o, target = run.config.init, _target(run)
+    o, model = run.config.init, run.config.model
+    target = Target(
+        shapes={shard.name: shard.main.shape for shard in run.shards},
+        vit=model.vit,
+        seed=run.config.training.seed,
+        experts=model.moe if model.moe.num_experts else None,
+    )
     if o.checkpoint is None:
-        job = Job({}, target, Plan(mode="scratch"), origin="")
+        job = Job({}, target, InitOptions(mode="scratch"), origin="")
         return Beginning("scratch", warm_start.initial_weights(job))
     found = read_on_main(o.checkpoint, is_main=run.world.is_main)
     num_heads, origin = run.config.model.vit.num_heads, f"config init.checkpoint={o.checkpoint}"
@@ -217,7 +195,7 @@ def begin(run: Run) -> Beginning:
     weights = found.weights
     if "dist_token" not in target.shapes:
         weights = warm_start.without_distillation(weights)
-    plan = Plan(mode=mode, experts=o.experts, gate=o.gate, gate_std=o.gate_std)
+    plan = dataclasses.replace(o, mode=mode)
     initial = warm_start.initial_weights(Job(weights, target, plan, origin, found.grid_hw))
     _install(run, initial, origin=origin)
     left_out = [*initial.left_out, *(name for name in found.weights if name not in weights)]

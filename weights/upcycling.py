@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from layers import init
+from options.schema import ROUTERS, InitOptions, MoEOptions, ViTOptions
 from weights.formats import Weights
 from weights.provenance import COPIED, DRAWN, LOADED, SCRATCH, SPLIT, TIED, ZERO, Entry
 
@@ -39,52 +40,16 @@ _DENSE_OF = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertFacts:
-    """The options that decide how a dense MLP becomes experts.
-
-    is_normalized: a token's k weights sum to 1.
-    is_noisy: in training, noise or closed experts act on the choice of experts.
-    drops_rows: in training, a capacity does.
-    """
-
-    num_experts: int
-    top_k: int
-    activation: str
-    router: str
-    is_normalized: bool
-    is_noisy: bool
-    drops_rows: bool
-
-    @property
-    def sum_is_constant(self) -> bool:
-        """Whether a token's k weights have the same sum for every token and any gate."""
-        return self.is_normalized or (self.router != "sigmoid" and self.top_k == self.num_experts)
-
-    @property
-    def weight_sum(self) -> float:
-        """The sum S of a token's k weights where all logits are zero."""
-        if self.is_normalized:
-            return 1.0
-        return self.top_k / (2 if self.router == "sigmoid" else self.num_experts)
+def sum_is_constant(o: MoEOptions) -> bool:
+    """Return whether a token's k weights have the same sum for every token and any gate."""
+    return o.is_normalized or (o.router != "sigmoid" and o.top_k == o.num_experts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What the user asked for.
-
-    mode: scratch, deit_warm_start or deit_upcycling.
-    experts: "random", "copy" or "split". None: those of the checkpoint where its block has experts;
-        elsewhere random in deit_warm_start and, in deit_upcycling, copy if an expert is as wide as
-        the dense MLP, split if it is narrower.
-    gate: "random", or "virtual_group": the G experts that make up one dense MLP share a row.
-    gate_std: of the gate's values; None: as from scratch, or GATE_STD for virtual groups.
-    """
-
-    mode: str
-    experts: str | None = None
-    gate: str = "random"
-    gate_std: float | None = None
+def weight_sum(o: MoEOptions) -> float:
+    """Return the sum S of a token's k weights where all logits are zero."""
+    if o.is_normalized:
+        return 1.0
+    return o.top_k / (2 if o.router == "sigmoid" else o.num_experts)
 
 
 @dataclass(frozen=True)
@@ -105,10 +70,9 @@ class Target:
     """The model to begin: full shapes by name, and what they do not tell; dense: no `experts`."""
 
     shapes: Mapping[str, torch.Size]
-    grid_hw: tuple[int, int]
-    num_pos_prefix: int
+    vit: ViTOptions
     seed: int
-    experts: ExpertFacts | None
+    experts: MoEOptions | None
 
 
 @dataclass(frozen=True)
@@ -120,12 +84,12 @@ class Job:
 
     source: Weights
     target: Target
-    plan: Plan
+    plan: InitOptions
     origin: str
     source_grid_hw: tuple[int, int] | None = None
 
     @property
-    def facts(self) -> ExpertFacts:
+    def moe(self) -> MoEOptions:
         """The options of the model's experts."""
         assert self.target.experts is not None, "a model with experts has their options"
         return self.target.experts
@@ -174,12 +138,12 @@ def ffn_of(name: str) -> str:
     return _in_ffn(name)[0]
 
 
-def _num_shards(kind: str | None, *, dense_dim: int, hidden_dim: int, facts: ExpertFacts) -> int:
+def _num_shards(kind: str | None, *, dense_dim: int, hidden_dim: int, moe: MoEOptions) -> int:
     """Return in how many parts the dense MLP is cut, 1 for copies."""
     widths = f"an expert is {hidden_dim} wide, the dense MLP {dense_dim}"
-    if facts.activation != "gelu":
+    if moe.activation != "gelu":
         raise ValueError(
-            f"config model.moe.activation={facts.activation}: must be gelu, as in the dense MLP "
+            f"config model.moe.activation={moe.activation}: must be gelu, as in the dense MLP "
             "that the experts are made of"
         )
     if kind == "copy" and dense_dim != hidden_dim:
@@ -187,20 +151,20 @@ def _num_shards(kind: str | None, *, dense_dim: int, hidden_dim: int, facts: Exp
     if dense_dim % hidden_dim:
         raise ValueError(f"config model.moe.mlp_ratio: {widths}: must divide it")
     num_shards = dense_dim // hidden_dim
-    if facts.num_experts % num_shards:
+    if moe.num_experts % num_shards:
         raise ValueError(
-            f"config model.moe.num_experts={facts.num_experts}: must be a multiple of {num_shards}:"
+            f"config model.moe.num_experts={moe.num_experts}: must be a multiple of {num_shards}:"
             f" {widths}, and each part of it is needed equally often"
         )
     return num_shards
 
 
-def _check_gate(plan: Plan, num_shards: int, facts: ExpertFacts) -> None:
+def _check_gate(plan: InitOptions, num_shards: int, moe: MoEOptions) -> None:
     if plan.gate == "virtual_group" and num_shards == 1:
         raise ValueError("config init.gate=virtual_group: has no effect on copies (use random)")
-    if plan.gate == "virtual_group" and facts.top_k % num_shards:
+    if plan.gate == "virtual_group" and moe.top_k % num_shards:
         raise ValueError(
-            f"config init.gate=virtual_group: needs model.moe.top_k={facts.top_k} to be a multiple "
+            f"config init.gate=virtual_group: needs model.moe.top_k={moe.top_k} to be a multiple "
             f"of {num_shards}, the parts of a dense MLP"
         )
 
@@ -226,22 +190,22 @@ def _find_recipe(job: Job, prefix: str) -> Recipe:
         kind,
         dense_dim=len(source[f"{prefix}fc1.weight"]),
         hidden_dim=job.target.shapes[f"{prefix}experts.w_out"][1],
-        facts=job.facts,
+        moe=job.moe,
     )
-    _check_gate(plan, num_shards, job.facts)
+    _check_gate(plan, num_shards, job.moe)
     return Recipe(SPLIT if num_shards > 1 else COPIED, num_shards)
 
 
 def made_entry(job: Job, name: str, recipe: Recipe) -> Entry:
     """Return a parameter of a feed-forward whose experts are made of a dense MLP."""
-    plan, facts, shape = job.plan, job.facts, job.target.shapes[name]
+    plan, moe, shape = job.plan, job.moe, job.target.shapes[name]
     prefix, inner = _in_ffn(name)
-    num_shards, total = recipe.num_shards, facts.weight_sum
+    num_shards, total = recipe.num_shards, weight_sum(moe)
     if inner in _DENSE_OF:
         dense_name, part = prefix + _DENSE_OF[inner], inner.removeprefix("experts.")
         factor = {"w_out": num_shards / total, "b_out": 1 / total}.get(part, 1.0)
-        cut = f"in {num_shards}, each {facts.num_experts // num_shards} times"
-        detail = cut if recipe.origin == SPLIT else f"{facts.num_experts} times"
+        cut = f"in {num_shards}, each {moe.num_experts // num_shards} times"
+        detail = cut if recipe.origin == SPLIT else f"{moe.num_experts} times"
         detail += f", values times {factor:g}" if factor != 1 else ""
 
         def value() -> Tensor:
@@ -249,7 +213,7 @@ def made_entry(job: Job, name: str, recipe: Recipe) -> Entry:
                 part,
                 job.source[dense_name],
                 num_shards=num_shards,
-                num_experts=facts.num_experts,
+                num_experts=moe.num_experts,
                 weight_sum=total,
             )
 
@@ -277,21 +241,22 @@ def effect_of(job: Job) -> str:
     Exact needs weights of constant sum and, for parts of an MLP, each part equally weighted, which
     virtual groups give: a token takes all G of a group, whose scores are equal.
     """
-    plan, facts = job.plan, job.target.experts
+    plan, moe = job.plan, job.target.experts
     made = [recipe for recipe in job.recipes.values() if recipe.is_made]
-    if facts is None or not made:
+    if moe is None or not made:
         return "none made of a dense MLP"
     reasons = []
     has_parts = any(recipe.num_shards > 1 for recipe in made)
     if has_parts and plan.gate != "virtual_group":
         reasons.append("a token's experts need not be all parts (init.gate=virtual_group)")
-    if not facts.sum_is_constant:
+    if not sum_is_constant(moe):
         reasons.append(
-            f"weights sum to {facts.weight_sum:g} only at logits of zero (model.moe.normalize=true,"
+            f"weights sum to {weight_sum(moe):g} only at logits of zero (model.moe.normalize=true,"
             " or a small init.gate_std)"
         )
     if reasons:
         return f"the dense function approximately: {'; '.join(reasons)}"
-    is_disturbed = (has_parts and facts.is_noisy) or facts.drops_rows
+    is_disturbed = has_parts and (ROUTERS[moe.router].is_noisy or moe.expert_drop > 0)
+    is_disturbed = is_disturbed or moe.capacity_factor is not None
     caveat = ", except for routing noise and dropped rows in training" if is_disturbed else ""
     return f"the dense function exactly{caveat}"

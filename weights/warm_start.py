@@ -1,6 +1,6 @@
 """What each parameter of a model begins with, given the weights of a checkpoint.
 
-    Job: a checkpoint's weights, a model's shapes, a Plan -> initial_weights -> Initial: Entries
+    Job: a checkpoint's weights, a model's shapes, InitOptions -> initial_weights -> Initial
 
 Equal names are loaded. Positions are resampled if the grid of patches differs (timm's bicubic).
 Final norm, pool and head start from scratch if the checkpoint lacks them or has other classes. For
@@ -65,7 +65,7 @@ def _grid_of(job: Job, num_patches: int) -> tuple[int, int]:
     if math.prod(grid_hw) != num_patches:
         raise ValueError(
             f"{job.origin}: pos_embed {tuple(job.source['pos_embed'].shape)}: must have "
-            f"{job.target.num_pos_prefix} positions and those of a grid of patches, "
+            f"{job.target.vit.num_pos_prefix} positions and those of a grid of patches, "
             f"{grid_hw[0]}x{grid_hw[1]} or so"
         )
     return grid_hw
@@ -73,8 +73,8 @@ def _grid_of(job: Job, num_patches: int) -> tuple[int, int]:
 
 def _positions(job: Job) -> Entry:
     """Return the position embedding, resampled if the grid of patches is another one."""
-    pos_1LD, new_hw = job.source["pos_embed"].float(), job.target.grid_hw
-    shape, prefix = job.target.shapes["pos_embed"], job.target.num_pos_prefix
+    pos_1LD, new_hw = job.source["pos_embed"].float(), job.target.vit.grid_hw
+    shape, prefix = job.target.shapes["pos_embed"], job.target.vit.num_pos_prefix
     old_hw = _grid_of(job, pos_1LD.shape[1] - prefix)
     if old_hw == new_hw:
         return Entry("pos_embed", shape, LOADED, "", ("pos_embed",), lambda: pos_1LD)
