@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import moe_kernels, moe_rivals, tune_tiles
-from benchmarks.triton_compile import PRODUCTS, SHARED_MEMORY_BYTES, faults
-from moe_kernels import triton_ffn
+from benchmarks.tune_tiles import PRODUCTS, SHARED_MEMORY_BYTES, faults
+from moe_kernels import ops, triton_ffn
 from moe_kernels.tiles import SQUARE, TABLE, LayerSize, Tile, Tiles, read_table
 from moe_kernels.triton_seam import is_interpreted
 
@@ -57,20 +57,17 @@ def step(size):
     x, y_RD = meta(NUM_TOKENS, size.width, dtype=dtype), meta(rows, size.width, dtype=dtype)
     weight = meta(NUM_TOKENS, NUM_CHOICES, dtype=torch.float32)
     inverse = meta(rows, dtype=torch.int32)
-    options = {
-        "order_R": meta(rows, dtype=torch.int32),
-        "inverse_R": inverse,
-        "offset_E1": meta(experts + 1, dtype=torch.int32),
-        "w_in": meta(experts * z_width, size.width, dtype=dtype),
-        "b_in": meta(experts, z_width, dtype=dtype),
-        "w_out": meta(experts * size.width, size.hidden, dtype=dtype),
-        "b_out": meta(experts, size.width, dtype=dtype),
-        "function": "gelu",
-        "is_gated": size.is_gated,
-        "allow_tf32": False,
-    }
-    y, z = triton_ffn.forward(x, weight, **options)
-    triton_ffn.backward(y, x, weight, z_RF=z, needs=[True] * 6, **options)
+    plan = ops.RowPlan(meta(rows, dtype=torch.int32), inverse, meta(experts + 1, dtype=torch.int32))
+    weights = ops.Weights(
+        meta(experts * z_width, size.width, dtype=dtype),
+        meta(experts, z_width, dtype=dtype),
+        meta(experts * size.width, size.hidden, dtype=dtype),
+        meta(experts, size.width, dtype=dtype),
+    )
+    activation = ops.ACTIVATIONS["geglu" if size.is_gated else "gelu"]
+    given = {"plan": plan, "weights": weights, "activation": activation}
+    y, z = triton_ffn.forward(x, weight, **given)
+    triton_ffn.backward(y, x, weight, z, needs=[True] * 6, **given)
     triton_ffn.combine_backward(x, y_RD, weight, inverse)
 
 
