@@ -5,6 +5,7 @@ last test runs this file again in a process where it is.
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -34,9 +35,18 @@ if torch.cuda.is_available() and not HAS_INTERPRETER:
     ]
 NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
 ROUTINGS = ("balanced", "skewed", "one takes all", "empty expert", "dropped rows", "all dropped")
-EXPERTS_AND_CHOICES = [(1, 1), (1, 8), (2, 1), (2, 2), (7, 2), (7, 8), (64, 2)]
+EXPERTS_AND_CHOICES = [(1, 1), (1, 8), (2, 1), (2, 2), (7, 2), (7, 8), (70, 2)]
+ROUTED = list(itertools.product(ROUTINGS, EXPERTS_AND_CHOICES))
 # Multiples of the tiles, less than one, and a little more than one.
 CHOICES_AND_WIDTHS = [(1, 64, 128), (2, 40, 72), (2, 130, 66)]
+SHAPED = list(itertools.product(ops.ACTIVATIONS, CHOICES_AND_WIDTHS))
+if HAS_INTERPRETER:  # slow: each branch of a kernel once, not times each other
+    # 70 experts of a row each have more row tiles than one program of `schedule` lists.
+    ROUTED = [("balanced", (70, 2)), ("skewed", (1, 8)), ("skewed", (2, 1))]
+    ROUTED += [(routing, (7, 2)) for routing in ROUTINGS]
+    SHAPED = [
+        (name, sizes) for name, sizes in SHAPED if sizes[1] == 40 or name in ("gelu", "geglu")
+    ]
 needs_triton = pytest.mark.skipif(triton_ffn is None, reason="triton is not installed")
 
 
@@ -132,9 +142,9 @@ def worst_error(values, id_Tk, num_experts, activation, backend_device, dtype=to
     return max(norm(a.cpu() - b) / max(norm(b), 1e-30) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("num_choices", "width", "hidden"), CHOICES_AND_WIDTHS)
-@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
-def test_output_and_every_gradient(backend_device, activation, num_choices, width, hidden):
+@pytest.mark.parametrize(("activation", "sizes"), SHAPED)
+def test_output_and_every_gradient(backend_device, activation, sizes):
+    num_choices, width, hidden = sizes
     values = draw(
         70, width, hidden, num_experts=3, num_choices=num_choices,
         gated=ops.ACTIVATIONS[activation][1],
@@ -143,11 +153,11 @@ def test_output_and_every_gradient(backend_device, activation, num_choices, widt
     assert worst_error(values, id_Tk, 3, activation, backend_device) <= 1e-5
 
 
-@pytest.mark.parametrize(("num_experts", "num_choices"), EXPERTS_AND_CHOICES)
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_any_routing(backend_device, routing, num_experts, num_choices):
-    values = draw(33, 40, 24, num_experts=num_experts, num_choices=num_choices)
-    id_Tk = experts_of(routing, 33, num_experts, num_choices)
+@pytest.mark.parametrize(("routing", "experts_and_choices"), ROUTED)
+def test_any_routing(backend_device, routing, experts_and_choices):
+    num_experts, num_choices = experts_and_choices
+    values = draw(35, 40, 24, num_experts=num_experts, num_choices=num_choices)
+    id_Tk = experts_of(routing, 35, num_experts, num_choices)
     assert worst_error(values, id_Tk, num_experts, "gelu", backend_device) <= 1e-5
 
 
@@ -413,4 +423,4 @@ def test_triton_kernels_in_the_interpreter():
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout[-4000:]
     num_passed = int(re.search(r"(\d+) passed", child.stdout)[1])
-    assert num_passed > 60  # that they ran, and were not skipped
+    assert num_passed > 40  # that they ran, and were not skipped
