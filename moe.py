@@ -11,6 +11,7 @@ was not passed in.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -163,10 +164,7 @@ class MoE(nn.Module):
             x_TD,
             weight_Tk,
             plan,
-            e.w_in,
-            e.b_in,
-            e.w_out,
-            e.b_out,
+            ops.Weights(e.w_in, e.b_in, e.w_out, e.b_out),
             activation=e.activation,
             backend=self.kernel_backend,
         )
@@ -175,7 +173,7 @@ class MoE(nn.Module):
         """Send each row to the rank of its expert and back; waits once, for the counts."""
         size, num_experts = exchange.size, self.router.options.num_experts
         plan = ops.plan_rows(routing.expert_id_Tk, num_experts)
-        send_Ee = plan.rows_per_expert_E.view(size, num_experts // size)
+        send_Ee = plan.offset_E1.diff().view(size, num_experts // size)
         receive_Ee = exchange.counts(send_Ee)
         send_P, receive_P = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).cpu().unbind()
         # Dropped rows stand last in the plan and stay here.
@@ -190,22 +188,18 @@ class MoE(nn.Module):
 
 # A custom op: a graph could not follow what sorts a number of rows that it does not know.
 @torch.library.custom_op("moevit::plan_arrived", mutates_args=())
-def _plan_arrived(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan_arrived(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the fields of the RowPlan of rows that arrived by peer and, within one, by expert."""
     num_peers, num_experts = rows_Pe.shape
     local_e = torch.arange(num_experts, device=x_ND.device).repeat(num_peers)
     expert_id_N = local_e.repeat_interleave(rows_Pe.flatten(), output_size=x_ND.shape[0])
-    plan = ops.plan_rows(expert_id_N[:, None], num_experts)
-    return plan.order_R, plan.inverse_R, plan.offset_E1, plan.rows_per_expert_E
+    return ops.plan_rows(expert_id_N[:, None], num_experts)
 
 
 @_plan_arrived.register_fake
-def _plan_arrived_fake(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = (x_ND.shape[0], x_ND.shape[0], rows_Pe.shape[1] + 1, rows_Pe.shape[1])
-    order_N, inverse_N, offset_E1, rows_E = (
-        x_ND.new_empty(size, dtype=torch.int32) for size in sizes
-    )
-    return order_N, inverse_N, offset_E1, rows_E
+def _plan_arrived_fake(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    new = functools.partial(x_ND.new_empty, dtype=torch.int32)
+    return new(x_ND.shape[0]), new(x_ND.shape[0]), new(rows_Pe.shape[1] + 1)
 
 
 def balance_loss(model: nn.Module) -> Tensor:

@@ -85,20 +85,20 @@ def commands(folder: Path, device: str, overrides: Sequence[str]) -> dict[str, l
 
 
 def measure(
-    device: str, overrides: Sequence[str], *, rounds: int, limit_s: float
+    device: str, overrides: Sequence[str], *, rounds: int, warm_up: int, limit_s: float
 ) -> dict[str, list[float]]:
-    """Return milliseconds per launch of each row; the first round, from cold disks, is left out."""
+    """Return milliseconds per launch of each row, without the rounds that warm up the disk."""
     times: dict[str, list[float]] = {RIVAL: [], OURS: [], FLOOR: []}
     started = time.monotonic()
-    for number in range(rounds + 1):
-        if time.monotonic() - started > limit_s and number > FEWEST_ROUNDS:
+    for number in range(rounds + warm_up):
+        if time.monotonic() - started > limit_s and number >= FEWEST_ROUNDS + warm_up:
             break
         for name in list(times) if number % 2 else list(reversed(times)):
             # A folder of its own, or the second launch would resume.
             with tempfile.TemporaryDirectory() as folder:
                 command = commands(Path(folder), device, overrides)[name]
                 ms = time_to_line(command, FIRST_STEP)
-            if number:
+            if number >= warm_up:
                 times[name].append(ms)
     return times
 
@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it with what is needed to repeat it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds from cold disks, left out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="fewer rounds after this")
     parser.add_argument("--out", type=Path, help="default: results/<date>-<device>-launch.json")
@@ -117,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.device,
         arguments.overrides,
         rounds=arguments.rounds,
+        warm_up=arguments.warm_up,
         limit_s=arguments.limit_s,
     )
     rows = common.summarise(times, rival=RIVAL)

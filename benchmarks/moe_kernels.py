@@ -72,20 +72,16 @@ def layer_floor_ms(case: Case) -> float:
 def sample_of(p: Problem) -> Sample:
     """Return the tensors that the products of a step work on."""
     plan = ops.plan_rows(p.expert_id_Tk, p.case.num_experts)
-    function, is_gated = ops.ACTIVATIONS[p.case.activation]
+    w_in, w_out = p.w_in_EFD.flatten(0, 1), p.w_out_EDF.flatten(0, 1)
     return importlib.import_module("benchmarks.tune_tiles").Sample(
-        x_TD=p.x_TD,
-        dy_TD=p.dy_TD,
-        weight_Tk=p.weight_Tk,
-        order_R=plan.order_R,
-        inverse_R=plan.inverse_R,
-        offset_E1=plan.offset_E1,
-        w_in=p.w_in_EFD.flatten(0, 1),
-        w_out=p.w_out_EDF.flatten(0, 1),
+        p.x_TD,
+        p.dy_TD,
+        p.weight_Tk,
         z_RF=_normal(p, p.case.num_rows, p.w_in_EFD.shape[1]),
         h_RF=_normal(p, p.case.num_rows, p.case.hidden),
-        function=function,
-        is_gated=is_gated,
+        plan=plan,
+        weights=ops.Weights(w_in, None, w_out, None),
+        activation=ops.ACTIVATIONS[p.case.activation],
     )
 
 

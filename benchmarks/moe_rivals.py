@@ -167,10 +167,7 @@ def moevit(p: Problem, *, backend: str, has_biases: bool) -> Contender:
             x_TD,
             weight_Tk,
             plan,
-            flat_in,
-            b_in,
-            flat_out,
-            b_out,
+            ops.Weights(flat_in, b_in, flat_out, b_out),
             activation=p.case.activation,
             backend=backend,
         )

@@ -83,7 +83,7 @@ PARTS = {
             has_limit=False,
         ),
         Part("checkpoint_save", "checkpoint_save", 60, dry=("--repeats", "2", *TINY)),
-        Part("launch", "launch", 80, dry=("--rounds", "2")),
+        Part("launch", "launch", 80, dry=("--rounds", "2", "--warm-up", "0")),
         Part(
             "optimizer",
             "optimizer",
@@ -109,7 +109,13 @@ PARTS = {
             dry=("--repeats", "2", *TINY),
         ),
         Part("fed", "fed", 80, dry=("--dry",)),
-        Part("launch", "launch", 60, ("--device", "cuda", "--rounds", "3"), dry=("--rounds", "2")),
+        Part(
+            "launch",
+            "launch",
+            60,
+            ("--device", "cuda", "--rounds", "3"),
+            dry=("--rounds", "2", "--warm-up", "0"),
+        ),
     ),
 }
 MATCHING = ("step_gpu",)

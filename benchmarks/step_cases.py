@@ -19,6 +19,7 @@ import moe
 from benchmarks import folders, steps
 from benchmarks.steps import Step
 from images.batches import Batch
+from moe_kernels.plan import ACTIVATIONS
 from moe_kernels.torch_ffn import activate
 from options import compose
 from options.schema import Config
@@ -212,7 +213,7 @@ class LoopMoE(moe.MoE):
         for number in range(e.num_local):
             token_R, choice_R = torch.where(routing.expert_id_Tk == number)
             z_RF = nn.functional.linear(x_TD[token_R], w_in[number], e.b_in[number])
-            h_RF = activate(z_RF, e.activation, is_gated=False)
+            h_RF = activate(z_RF, ACTIVATIONS[e.activation])
             y_RD = nn.functional.linear(h_RF, w_out[number], e.b_out[number])
             y_RD = y_RD * routing.weight_Tk[token_R, choice_R, None]
             y_TD = y_TD.index_add(0, token_R, y_RD.to(y_TD.dtype))

@@ -1,24 +1,47 @@
 """Find the tiles of a layer size by timing, on the GPU that it is to be trained on.
 
-    sample, tile -> step_kernels -> timer -> best_tiles -> triton_tiles.json
+    sample, tile -> step_kernels -> timer -> best_tiles -> moe_kernels/tiles.json
+    (kernel, values, constants) -> source_of -> Triton, ptxas -> faults: shared memory, spills
 
-Not part of training: `python -m benchmarks.moe_gpu --tune` runs it and writes the table. A tile is
-taken only if its kernels fit every generation of GPU of triton_compile.py, for the table is one.
+Not part of training: `python -m benchmarks.moe_gpu --tune` runs it and writes the table. There is
+one table for all GPUs, so a tile is taken only if its kernels fit every generation: they are
+compiled for those that are not here, which needs no GPU, and the limits are read from the result.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import triton_compile
 from moe_kernels import triton_ffn
+from moe_kernels.plan import Activation, RowPlan, Weights
 from moe_kernels.tiles import Tile, Tiles
-from moe_kernels.triton_seam import Constant, KernelInterface, Launcher, OutOfResources, Values
+from moe_kernels.triton_seam import (
+    Constant,
+    KernelInterface,
+    Launcher,
+    OutOfResources,
+    Values,
+    launch_options,
+    triton,
+)
 
+# Bytes that a program may have, by compute capability: A100, H100 and H200, B200.
+SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+PRODUCTS = ("up", "rows_matmul", "hidden_grad", "weight_grad")
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
 # kernel -> the field of Tiles that decides it
 FIELDS = {
     "up": "up",
@@ -37,6 +60,7 @@ PIPELINE_BYTES = 150 * 1024
 SUMS_PER_THREAD = (64, 128)
 LEAST_DEPTH = 128  # of all stages together, to hide the latency of a load
 
+Launch = tuple[KernelInterface, Values, dict[str, Constant]]
 Run = Callable[[], object]
 Timer = Callable[[Run], float]
 Measure = Callable[[str, Tile], float]
@@ -53,69 +77,48 @@ class Sample:
     x_TD: Tensor
     dy_TD: Tensor
     weight_Tk: Tensor
-    order_R: Tensor
-    inverse_R: Tensor
-    offset_E1: Tensor
-    w_in: Tensor
-    w_out: Tensor
     z_RF: Tensor
     h_RF: Tensor
-    function: str
-    is_gated: bool
+    plan: RowPlan
+    weights: Weights
+    activation: Activation
 
     def to(self, device: torch.device) -> "Sample":
         """Return the sample with its tensors on `device`."""
-        return dataclasses.replace(
-            self,
-            x_TD=self.x_TD.to(device),
-            dy_TD=self.dy_TD.to(device),
-            weight_Tk=self.weight_Tk.to(device),
-            order_R=self.order_R.to(device),
-            inverse_R=self.inverse_R.to(device),
-            offset_E1=self.offset_E1.to(device),
-            w_in=self.w_in.to(device),
-            w_out=self.w_out.to(device),
-            z_RF=self.z_RF.to(device),
-            h_RF=self.h_RF.to(device),
-        )
+        rows = (self.x_TD, self.dy_TD, self.weight_Tk, self.z_RF, self.h_RF)
+        x_TD, dy_TD, weight_Tk, z_RF, h_RF = (x.to(device) for x in rows)
+        plan = RowPlan(*(x.to(device) for x in self.plan))
+        w_in, w_out = self.weights.w_in.to(device), self.weights.w_out.to(device)
+        weights = Weights(w_in, None, w_out, None)
+        return Sample(x_TD, dy_TD, weight_Tk, z_RF, h_RF, plan, weights, self.activation)
 
 
 def layer_of(
     sample: Sample, tiles: Tiles | None, *, launcher: Launcher | None = None
 ) -> triton_ffn.Layer:
     """Return what a step's kernels share; lists the row tiles. None: the table's tiles."""
-    return triton_ffn.make_layer(
-        sample.x_TD,
-        sample.weight_Tk,
-        order_R=sample.order_R,
-        inverse_R=sample.inverse_R,
-        offset_E1=sample.offset_E1,
-        hidden=sample.h_RF.shape[1],
-        function=sample.function,
-        is_gated=sample.is_gated,
-        allow_tf32=False,
-        tiles=tiles,
-        launcher=launcher,
-    )
+    s, hidden = sample, sample.h_RF.shape[1]
+    rows = (s.x_TD, s.weight_Tk, s.plan)
+    return triton_ffn.make_layer(*rows, s.activation, hidden=hidden, tiles=tiles, launcher=launcher)
 
 
 def step_kernels(sample: Sample, layer: triton_ffn.Layer) -> dict[str, Run]:
     """Return a function per product of a step that launches it."""
-    s, k = sample, triton_ffn
+    s, k, (w_in, _, w_out, _) = sample, triton_ffn, sample.weights
     return {
-        "up": lambda: k.up(layer, s.x_TD, s.w_in, None),
-        "down": lambda: k.rows_matmul(layer, s.h_RF, s.w_out, bias=None, is_transposed=True),
+        "up": lambda: k.up(layer, s.x_TD, s.weights),
+        "down": lambda: k.rows_matmul(layer, s.h_RF, w_out, bias=None, is_transposed=True),
         "hidden_grad": lambda: k.hidden_grad(
-            layer, s.dy_TD, z_RF=s.z_RF, w_out=s.w_out, keeps_h=True, keeps_gate=True
+            layer, s.dy_TD, z_RF=s.z_RF, w_out=w_out, keeps_h=True, keeps_gate=True
         ),
-        "dx": lambda: k.rows_matmul(layer, s.z_RF, s.w_in, bias=None, is_transposed=False),
+        "dx": lambda: k.rows_matmul(layer, s.z_RF, w_in, bias=None, is_transposed=False),
         "dw_in": lambda: k.weight_grad(layer, s.z_RF, s.x_TD, is_left_gathered=False),
         "dw_out": lambda: k.weight_grad(layer, s.dy_TD, s.h_RF, is_left_gathered=True),
     }
 
 
 def candidates(field: str, *, is_gated: bool) -> list[Tile]:
-    """Return the tiles of 16-bit products worth timing for the kernels of a field of Tiles."""
+    """Return the tiles that are worth timing for a field's kernels, in 16-bit products."""
     least, most = SUMS_PER_THREAD
     # A gate and a value are two sums side by side.
     halves = 2 if is_gated and field in ("up", "hidden_grad") else 1
@@ -129,7 +132,7 @@ def candidates(field: str, *, is_gated: bool) -> list[Tile]:
 
 
 def measure_with(sample: Sample, timer: Timer) -> Measure:
-    """Return a function of (field, tile): the time of the field's kernels; inf: they do not run."""
+    """Return a function of (field, tile): its kernels' time, inf if they do not run."""
 
     def measure(field: str, tile: Tile) -> float:
         kernels = step_kernels(sample, layer_of(sample, Tiles(tile, tile, tile, tile)))
@@ -141,9 +144,9 @@ def measure_with(sample: Sample, timer: Timer) -> Measure:
     return measure
 
 
-def launches(sample: Sample, field: str, tiles: Tiles | None) -> list[triton_compile.Launch]:
+def launches(sample: Sample, field: str, tiles: Tiles | None) -> list[Launch]:
     """Return what a field's kernels launch, without launching it."""
-    calls: list[triton_compile.Launch] = []
+    calls: list[Launch] = []
 
     def record(
         kernel: KernelInterface,
@@ -155,11 +158,61 @@ def launches(sample: Sample, field: str, tiles: Tiles | None) -> list[triton_com
 
     meta = sample.to(torch.device("meta"))
     layer = layer_of(meta, tiles, launcher=record)
-    calls.clear()  # the list of row tiles is no field's
+    calls.clear()  # of `schedule`, which belongs to no field
     for name, run in step_kernels(meta, layer).items():
         if FIELDS[name] == field:
             run()
     return calls
+
+
+def source_of(
+    kernel: KernelInterface, values: Values, constants: dict[str, Constant]
+) -> "triton.compiler.ASTSource":
+    """Return what Triton specialises a launch on: dtypes, multiples of 16, and the constants."""
+    names, signature, divisible = kernel.arg_names, {}, {}
+    fixed: dict[str, Constant | None] = {n: v for n, v in constants.items() if n in names}
+    for index, (name, value) in enumerate(zip(names, values, strict=False)):
+        if value is None:
+            fixed[name] = None
+        else:
+            signature[name] = "i32" if isinstance(value, int) else TYPES[value.dtype]
+            if not isinstance(value, int) or value % 16 == 0:
+                divisible[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(fixed, "constexpr")
+    signature = {name: signature[name] for name in names}
+    return triton.compiler.ASTSource(kernel, signature, fixed, divisible)
+
+
+def stack_bytes(program: "triton.compiler.CompiledKernel") -> int:
+    """Return the bytes of stack per thread: spills, in a kernel without calls and arrays."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(program.asm["cubin"])
+        command = [str(tool), "--dump-resource-usage", str(cubin)]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = [re.search(rf"{name}:(\d+)", report) for name in ("STACK", "LOCAL")]
+    assert all(found), report
+    return sum(int(match[1]) for match in found if match)
+
+
+def faults(
+    kernel: KernelInterface, values: Values, constants: dict[str, Constant], *, capability: int
+) -> Iterator[str]:
+    """Yield why a launch would fail, or be very slow, on a GPU of that compute capability."""
+    source = source_of(kernel, values, constants)
+    options = {n: v for n, v in constants.items() if n not in kernel.arg_names} | launch_options()
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    program = triton.compile(source, target=target, options=options)
+    where = f"{kernel.__name__} {constants} sm_{capability}"
+    if program.metadata.shared > SHARED_MEMORY_BYTES[capability]:
+        yield f"{where}: {program.metadata.shared} bytes of shared memory"
+    if spilled := stack_bytes(program):
+        yield f"{where}: {spilled} bytes spilled per thread"
+    is_16_bit = isinstance(values[0], Tensor) and values[0].dtype.itemsize == 2
+    is_product = kernel.__name__ in PRODUCTS and is_16_bit
+    if capability == 90 and is_product and "wgmma.mma_async" not in program.asm["ptx"]:
+        yield f"{where}: no wgmma"
 
 
 def fits_with(sample: Sample) -> Fits:
@@ -167,8 +220,8 @@ def fits_with(sample: Sample) -> Fits:
 
     def fits(field: str, tile: Tile) -> bool:
         calls = launches(sample, field, Tiles(tile, tile, tile, tile))
-        pairs = itertools.product(calls, triton_compile.SHARED_MEMORY_BYTES)
-        found = (triton_compile.faults(*call, capability=capability) for call, capability in pairs)
+        pairs = itertools.product(calls, SHARED_MEMORY_BYTES)
+        found = (faults(*call, capability=capability) for call, capability in pairs)
         return not any(itertools.chain.from_iterable(found))
 
     return fits
@@ -180,10 +233,10 @@ def _fastest(times: dict[Tile, float], field: str, fits: Fits) -> Tile | None:
 
 
 def best_tiles(measure: Measure, *, fits: Fits, is_gated: bool) -> Tiles:
-    """Return the fastest tile of each field that fits, where three of them share their rows.
+    """Return the fastest tiles that fit; three of the fields must have the same rows of a tile.
 
     Raises:
-        ValueError: No candidates run and fit.
+        ValueError: No candidate both runs here and fits every GPU.
     """
     times = {
         field: {tile: measure(field, tile) for tile in candidates(field, is_gated=is_gated)}
@@ -206,4 +259,6 @@ def best_tiles(measure: Measure, *, fits: Fits, is_gated: bool) -> Tiles:
 
 def tune(sample: Sample, timer: Timer) -> Tiles:
     """Return the fastest tiles for a sample's sizes on its device."""
-    return best_tiles(measure_with(sample, timer), fits=fits_with(sample), is_gated=sample.is_gated)
+    return best_tiles(
+        measure_with(sample, timer), fits=fits_with(sample), is_gated=sample.activation.is_gated
+    )

@@ -1,14 +1,13 @@
-"""MoE feed-forward over rows sorted by expert: the plan, the custom ops and the choice of backend.
+"""MoE feed-forward over rows sorted by expert: the custom ops and the choice of backend.
 
     expert_id_Tk -> plan_rows -> RowPlan
     x_TD --gather--> x_RD @ w_in -> z_RF -> activation @ w_out -> y_RD --combine--> y_TD
 
 A custom op per direction: torch.compile sees one node, and nothing waits for the device. Kept for
-backward: x, z, the gate weights and the plan. The arithmetic is in torch_kernels.py and
-triton_kernels.py; no router, no parameters and no communication here.
+backward: x, z, the gate weights and the plan. The arithmetic is in torch_ffn.py and triton_ffn.py;
+no router, no parameters and no communication here.
 """
 
-import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -20,71 +19,28 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 from moe_kernels import torch_ffn
+from moe_kernels.plan import ACTIVATIONS, Activation, RowPlan, Weights, plan_rows
+
+__all__ = ["ACTIVATIONS", "RowPlan", "Weights", "plan_rows"]  # the other files' door to them, too
 
 BACKENDS = ("torch", "triton")
-# name -> (function of the gate half or of all of z, whether z has a gate and a value half)
-ACTIVATIONS = {
-    "gelu": ("gelu", False),
-    "relu": ("relu", False),
-    "silu": ("silu", False),
-    "swiglu": ("silu", True),
-    "geglu": ("gelu", True),
-}
-DROPPED = -1
 OPS = torch.library.Library("moevit", "FRAGMENT")
 
 
-@dataclasses.dataclass(frozen=True)
-class RowPlan:
-    """Where each of the R = T*k routed rows stands when rows are sorted by expert.
-
-    Row t*k+j ("flat index") is choice j of token t. Dropped rows stand behind all experts' rows.
-
-    Attributes:
-        order_R: int32, the flat index of each sorted row.
-        inverse_R: int32, the sorted position of each flat index; -1 for a dropped row.
-        offset_E1: int32 [E+1], expert e owns the sorted rows offset[e] .. offset[e+1]-1.
-        rows_per_expert_E: int32, the number of rows of each expert.
-    """
-
-    order_R: Tensor
-    inverse_R: Tensor
-    offset_E1: Tensor
-    rows_per_expert_E: Tensor
-
-
-def plan_rows(expert_id_Tk: Tensor, num_experts: int) -> RowPlan:
-    """Return the rows' stable order by expert, computed on their device without a host sync.
-
-    An id outside 0 .. num_experts-1 drops the row: no expert computes it and it adds nothing.
-    """
-    flat_R = expert_id_Tk.reshape(-1)
-    # A radix sort works through the key's bits, so the key is as narrow as the experts allow.
-    key_dtype = torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int32
-    # -1 modulo num_experts + 1 is num_experts: what is dropped sorts last.
-    key_R = flat_R.clamp(-1, num_experts).remainder(num_experts + 1).to(key_dtype)
-    sorted_key_R, order_R = torch.sort(key_R, stable=True)
-    bound_E1 = torch.arange(num_experts + 1, device=flat_R.device, dtype=torch.int32)
-    offset_E1 = torch.searchsorted(sorted_key_R.int(), bound_E1, out_int32=True)
-    position_R = torch.arange(flat_R.numel(), device=flat_R.device, dtype=torch.int32)
-    inverse_R = torch.empty_like(position_R).scatter_(0, order_R, position_R)
-    inverse_R.masked_fill_(inverse_R >= offset_E1[-1], DROPPED)
-    return RowPlan(order_R.int(), inverse_R, offset_E1, offset_E1.diff())
-
-
-def _triton_kernels() -> ModuleType:
-    return importlib.import_module("moe_kernels.triton_ffn")
+def _triton(module: str) -> ModuleType:
+    # By name and when it is first used, for Triton is not installed everywhere.
+    return importlib.import_module(f"moe_kernels.triton_{module}")
 
 
 def _kernels_of(backend: str) -> ModuleType:
-    return torch_ffn if backend == "torch" else _triton_kernels()
+    return torch_ffn if backend == "torch" else _triton("ffn")
 
 
 def resolve_kernels(backend: str, device: torch.device) -> tuple[str, str]:
     """Return the backend to use on `device`, and the reason for the choice, to be logged.
 
     Raises:
-        ValueError: unknown backend, or `triton` off CUDA without Triton's interpreter.
+        ValueError: The backend is unknown, or is `triton` off CUDA without Triton's interpreter.
         ImportError: `triton` was asked for by name and does not import.
     """
     if backend not in ("auto", *BACKENDS):
@@ -94,7 +50,7 @@ def resolve_kernels(backend: str, device: torch.device) -> tuple[str, str]:
     if backend == "auto" and device.type != "cuda":
         return "torch", f"auto: the Triton kernels need CUDA, device is {device}"
     try:
-        is_interpreted = _triton_kernels().is_interpreted()
+        is_interpreted = _triton("seam").is_interpreted()
     except ImportError as error:
         if backend == "triton":
             raise
@@ -112,7 +68,7 @@ class _Context(Protocol):
 
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
-    options: tuple[str, str, bool]
+    options: tuple[str, str]
     num_choices: int
     backend: str
 
@@ -125,126 +81,82 @@ def _new_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _define(function: Callable[..., object], fake: Callable[..., object]) -> torch._ops.OpOverload:
-    """Return the op moevit::<name of the function>, without a gradient yet.
+# The seam between a custom op, which takes no tuples, and the code inside it, which takes nothing
+# else: what both directions have in common, as a schema, as a type, and taken apart.
+FLAT = (
+    "Tensor order_R, Tensor inverse_R, Tensor offset_E1, "
+    "Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str activation, str backend"
+)
+_Flat = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, str, str]
+
+
+def _unflatten(flat: _Flat) -> tuple[RowPlan, Weights, Activation]:
+    return RowPlan(*flat[:3]), Weights(*flat[3:7]), ACTIVATIONS[flat[7]]
+
+
+def _define(
+    schema: str, function: Callable[..., object], fake: Callable[..., object]
+) -> torch._ops.OpOverload:
+    """Return the op moevit::<schema>, without a gradient yet.
 
     torch.library.custom_op does the same, but its wrappers take as long as one expert's matrix
     product of a small layer does on a CPU.
     """
-    name = function.__name__.removeprefix("_")
-    schema = torch.library.infer_schema(function, mutates_args=())
-    OPS.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     OPS.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moevit::{name}", fake, lib=OPS)
     return getattr(torch.ops.moevit, name).default
 
 
-def _moe_ffn(  # noqa: PLR0917
-    x_TD: Tensor,
-    weight_Tk: Tensor,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    activation: str,
-    backend: str,
-    allow_tf32: bool,
-) -> tuple[Tensor, Tensor]:
-    function, is_gated = ACTIVATIONS[activation]
-    return _kernels_of(backend).forward(
-        x_TD.contiguous(),
-        weight_Tk.contiguous(),
-        order_R=order_R,
-        inverse_R=inverse_R,
-        offset_E1=offset_E1,
-        w_in=w_in,
-        b_in=b_in,
-        w_out=w_out,
-        b_out=b_out,
-        function=function,
-        is_gated=is_gated,
-        allow_tf32=allow_tf32,
-    )
+def _moe_ffn(x_TD: Tensor, weight_Tk: Tensor, *flat: *_Flat) -> tuple[Tensor, Tensor]:
+    kernels = _kernels_of(flat[-1])
+    return kernels.forward(x_TD.contiguous(), weight_Tk.contiguous(), *_unflatten(flat))
 
 
-def _moe_ffn_fake(  # noqa: PLR0917
-    x_TD: Tensor,
-    weight_Tk: Tensor,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    *rest: Tensor | str | bool | None,
-) -> tuple[Tensor, Tensor]:
-    z_RF = x_TD.new_empty(order_R.shape[0], w_in.shape[0] // (offset_E1.shape[0] - 1))
-    return _new_like(x_TD), z_RF
+def _moe_ffn_fake(x_TD: Tensor, weight_Tk: Tensor, *flat: *_Flat) -> tuple[Tensor, Tensor]:
+    plan, weights, _ = _unflatten(flat)
+    z_width = weights.w_in.shape[0] // (plan.offset_E1.shape[0] - 1)
+    return _new_like(x_TD), x_TD.new_empty(plan.order_R.shape[0], z_width)
 
 
-def _moe_ffn_backward(  # noqa: PLR0917
+def _moe_ffn_backward(
     dy_TD: Tensor,
     x_TD: Tensor,
     weight_Tk: Tensor,
     z_RF: Tensor,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    activation: str,
-    backend: str,
-    allow_tf32: bool,
-    needs: list[bool],
+    *flat_needs: *tuple[*_Flat, list[bool]],
 ) -> list[Tensor]:
-    function, is_gated = ACTIVATIONS[activation]
-    grads = _kernels_of(backend).backward(
-        dy_TD.contiguous(),
-        x_TD.contiguous(),
-        weight_Tk.contiguous(),
-        z_RF=z_RF,
-        order_R=order_R,
-        inverse_R=inverse_R,
-        offset_E1=offset_E1,
-        w_in=w_in,
-        b_in=b_in,
-        w_out=w_out,
-        b_out=b_out,
-        function=function,
-        is_gated=is_gated,
-        allow_tf32=allow_tf32,
-        needs=needs,
+    flat, needs = flat_needs[:-1], flat_needs[-1]
+    plan, weights, activation = _unflatten(flat)
+    rows = (dy_TD.contiguous(), x_TD.contiguous(), weight_Tk.contiguous(), z_RF)
+    grads = _kernels_of(flat[-1]).backward(
+        *rows, plan, weights=weights, activation=activation, needs=needs
     )
+    # An op cannot return None within a list, so what was not asked for is left out.
     return [grad for grad in grads if grad is not None]
 
 
-def _moe_ffn_backward_fake(  # noqa: PLR0917
+def _moe_ffn_backward_fake(
     dy_TD: Tensor,
     x_TD: Tensor,
     weight_Tk: Tensor,
     z_RF: Tensor,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    activation: str,
-    backend: str,
-    allow_tf32: bool,
-    needs: list[bool],
+    *flat_needs: *tuple[*_Flat, list[bool]],
 ) -> list[Tensor]:
-    values = (x_TD, weight_Tk, w_in, b_in, w_out, b_out)
-    pairs = zip(values, needs, strict=True)
+    _, weights, _ = _unflatten(flat_needs[:-1])
+    pairs = zip((x_TD, weight_Tk, *weights), flat_needs[-1], strict=True)
     return [_new_like(value) for value, needed in pairs if needed and value is not None]
 
 
-_forward_op = _define(_moe_ffn, _moe_ffn_fake)
-_backward_op = _define(_moe_ffn_backward, _moe_ffn_backward_fake)
+_forward_op = _define(
+    f"moe_ffn(Tensor x_TD, Tensor weight_Tk, {FLAT}) -> (Tensor, Tensor)", _moe_ffn, _moe_ffn_fake
+)
+_backward_op = _define(
+    "moe_ffn_backward(Tensor dy_TD, Tensor x_TD, Tensor weight_Tk, Tensor z_RF, "
+    f"{FLAT}, bool[] needs) -> Tensor[]",
+    _moe_ffn_backward,
+    _moe_ffn_backward_fake,
+)
 
 
 class _MoeFfn(torch.autograd.Function):
@@ -252,57 +164,51 @@ class _MoeFfn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, *inputs: *tuple[*tuple[Tensor | None, ...], str, str, bool]
+        ctx: _Context, *inputs: *tuple[*tuple[Tensor | None, ...], str, str]
     ) -> tuple[Tensor, Tensor]:
-        *tensors, activation, backend, allow_tf32 = inputs
+        *tensors, activation, backend = inputs
         with torch._C._AutoDispatchBelowAutograd():
             y_TD, z_RF = _forward_op(*inputs)
-        ctx.options = (activation, backend, allow_tf32)
+        ctx.options = (activation, backend)
         ctx.mark_non_differentiable(z_RF)
         ctx.save_for_backward(*tensors, z_RF)
         return y_TD, z_RF
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_Tk, order_R, inverse_R, offset_E1, *parameters, z_RF = ctx.saved_tensors
+        x_TD, weight_Tk, *plan_and_weights, z_RF = ctx.saved_tensors
         # Order of the gradients: x, weight, w_in, b_in, w_out, b_out; the plan has none.
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6, 7, 8)]
-        rows = (x_TD, weight_Tk, z_RF, order_R, inverse_R, offset_E1)
-        wanted = iter(_backward_op(grads[0], *rows, *parameters, *ctx.options, needs))
+        rows = (grads[0], x_TD, weight_Tk, z_RF)
+        wanted = iter(_backward_op(*rows, *plan_and_weights, *ctx.options, needs))
         of_inputs = [next(wanted) if needed else None for needed in needs]
-        return (*of_inputs[:2], None, None, None, *of_inputs[2:], None, None, None)
+        return (*of_inputs[:2], None, None, None, *of_inputs[2:], None, None)
 
 
 OPS.impl("moe_ffn", _MoeFfn.apply, "Autograd")
 
 
-def moe_ffn(  # noqa: PLR0917
+def moe_ffn(
     x_TD: Tensor,
     weight_Tk: Tensor,
     plan: RowPlan,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    weights: Weights,
     *,
     activation: str,
     backend: str,
-    allow_tf32: bool = False,
 ) -> Tensor:
     """Return y[t] = sum_j weight[t, j] * FFN_e(x[t]) over the experts e that token t was sent to.
 
-    FFN_e(x) = w_out[e] @ activation(w_in[e] @ x + b_in[e]) + b_out[e]. Weights are stored with the
-    expert in the first dimension's blocks; a gated activation has 2F rows per expert, gate first.
+    FFN_e(x) = w_out[e] @ activation(w_in[e] @ x + b_in[e]) + b_out[e].
 
-    Shapes: x_TD, weight_Tk, w_in [E*F, D], b_in [E, F], w_out [E*D, F], b_out [E, D] -> y_TD
+    Shapes: x_TD, weight_Tk, the plan of T*k rows, the weights of E experts -> y_TD
     Numerics: fp32 sums; the same bits every time; x and the weights share a dtype, weight_Tk may
-        be wider. `allow_tf32` lets fp32 products of the Triton backend round to tf32.
+        be wider.
     """
-    assert x_TD.dtype == w_in.dtype == w_out.dtype, f"{x_TD.dtype}, {w_in.dtype}, {w_out.dtype}"
+    dtypes = (x_TD.dtype, weights.w_in.dtype, weights.w_out.dtype)
+    assert len(set(dtypes)) == 1, f"{dtypes}"
     assert plan.order_R.numel() == weight_Tk.numel(), "the plan is not of these choices"
-    rows = (plan.order_R, plan.inverse_R, plan.offset_E1)
-    parameters = (w_in, b_in, w_out, b_out)
-    return _forward_op(x_TD, weight_Tk, *rows, *parameters, activation, backend, allow_tf32)[0]
+    return _forward_op(x_TD, weight_Tk, *plan, *weights, activation, backend)[0]
 
 
 @torch.library.custom_op("moevit::combine", mutates_args=())

@@ -1,9 +1,10 @@
 """The tiles of the Triton kernels by the size of a layer: the shipped table and its lookup.
 
-triton_tiles.json <- triton_tune.py      tiles_for(LayerSize) -> Tiles -> triton_kernels
+benchmarks/tune_tiles.py -> tiles.json -> tiles_for(LayerSize) -> Tiles -> triton_ffn
 
-An entry with nulls serves every number of experts, dtype and rows; one that names them was measured
-there by `python -m benchmarks.moe_gpu --tune` and comes first. Nothing is timed during training.
+An entry with nulls serves any number of experts, dtype and number of rows. One that names them was
+measured for them by `python -m benchmarks.moe_gpu --tune` and takes precedence. Nothing is timed
+during training.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ TABLE = Path(__file__).with_name("tiles.json")
 class Tile:
     """The block sizes of a matrix product (rows, columns, depth) and how it is pipelined.
 
-    programs_per_sm: programs of the persistent grid per multiprocessor; two hide each other's
-        prologues and epilogues where both fit.
+    programs_per_sm: programs of the persistent grid per multiprocessor; where two fit, one computes
+        during the other's prologue and epilogue.
     """
 
     m: int
@@ -32,7 +33,7 @@ class Tile:
     programs_per_sm: int = 2
 
     def constants(self) -> dict[str, int | str | bool]:
-        """Return them as the kernels' arguments."""
+        """Return the tile as the kernels take it: constants and compiler options."""
         blocks = {"block_m": self.m, "block_n": self.n, "block_k": self.k}
         return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
@@ -52,7 +53,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSize:
-    """What tiles depend on; None, in the table: any. `max_rows` is a power of two."""
+    """What tiles depend on. None, in the table, stands for any; `max_rows` is a power of two."""
 
     width: int
     hidden: int
@@ -66,13 +67,13 @@ class LayerSize:
         return LayerSize(self.width, self.hidden, self.is_gated)
 
 
-# fp32 multiplies outside of the tensor cores unless tf32 is allowed; small tiles fit in registers,
-# on sm_90 `rows` of the largest layers only with 8 warps.
+# fp32 products run outside the tensor cores, whose fp32 is tf32. Small tiles fit in registers; on
+# sm_90 `rows` of the largest layers does only with 8 warps.
 FP32_TILE = Tile(64, 64, 32, 4, 2)
 FP32_TILES = Tiles(FP32_TILE, Tile(64, 64, 32, 8, 2), FP32_TILE, FP32_TILE)
-# Bytes that a tile reads from L2 per FLOP fall with m*n/(m+n): 128 x 128 fits in the registers with
-# any epilogue but that of a gate and a value side by side, which takes twice the registers: there
-# `up` has a shorter pipeline (on sm_100 it spills with 64 deep) and `hidden_grad` half the columns.
+# A larger tile reads fewer bytes from L2 per FLOP: (m+n)/(m*n). 128 x 128 fits in the registers
+# with any epilogue but a gate and a value side by side, which take twice the registers: there `up`
+# has a shallower pipeline (with a depth of 64 it spills on sm_100), `hidden_grad` half the columns.
 SQUARE, SHALLOW, SLIM = (
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 32, 8, 4),
@@ -90,7 +91,7 @@ def power_of_2(count: int) -> int:
 def layer_size(
     width: int, hidden: int, *, is_gated: bool, num_experts: int, dtype: torch.dtype, num_rows: int
 ) -> LayerSize:
-    """Return the key of a call: rows count by the next power of two, known on the host."""
+    """Return the key of a call; its number of rows counts as the next power of two."""
     name = str(dtype).removeprefix("torch.")
     return LayerSize(width, hidden, is_gated, num_experts, name, power_of_2(num_rows))
 
@@ -99,7 +100,7 @@ def read_table(path: Path) -> dict[LayerSize, Tiles]:
     """Return the entries of a table file.
 
     Raises:
-        ValueError: An entry is not of this form.
+        ValueError: An entry lacks a field or has one too many.
     """
     sizes = [field.name for field in dataclasses.fields(LayerSize)]
     kernels = [field.name for field in dataclasses.fields(Tiles)]
@@ -132,7 +133,7 @@ def _shipped() -> dict[LayerSize, Tiles]:
 
 
 def tiles_for(size: LayerSize) -> Tiles:
-    """Return the tiles of a call: of its own entry, of the general one, or the default."""
+    """Return the tiles of a call's own entry, else of its general entry, else the default."""
     if size.dtype in ("float32", "float64"):
         return FP32_TILES
     default = GATED_TILES if size.is_gated else DEFAULT_TILES

@@ -6,7 +6,6 @@ Rows are sorted by expert, so no expert looks at another's tokens. The bounds of
 read by the host: on CUDA that waits for the device, which the Triton kernels never do.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_kernels.plan import Activation, RowPlan, Weights
 
-def activate(z_RF: Tensor, function: str, *, is_gated: bool) -> Tensor:
+
+def activate(z_RF: Tensor, activation: Activation) -> Tensor:
     """Return the activation of z; the gated kinds halve the last dimension (gate half first)."""
-    if not is_gated:
-        return getattr(functional, function)(z_RF)
+    function = getattr(functional, activation.function)
+    if not activation.is_gated:
+        return function(z_RF)
     gate_RF, value_RF = z_RF.chunk(2, dim=-1)
-    return getattr(functional, function)(gate_RF).mul_(value_RF)
+    return function(gate_RF).mul_(value_RF)
 
 
 def _slope_times_(function: str, grad: Tensor, z: Tensor) -> Tensor:
@@ -30,9 +32,10 @@ def _slope_times_(function: str, grad: Tensor, z: Tensor) -> Tensor:
     return getattr(torch.ops.aten, f"{function}_backward").grad_input(grad, z, grad_input=grad)
 
 
-def activate_grad(grad_RF: Tensor, z_RF: Tensor, function: str, *, is_gated: bool) -> Tensor:
+def activate_grad(grad_RF: Tensor, z_RF: Tensor, activation: Activation) -> Tensor:
     """Return the gradient of z, given that of activate(z); may write over the latter."""
-    if not is_gated:
+    function = activation.function
+    if not activation.is_gated:
         return _slope_times_(function, grad_RF, z_RF)
     gate_RF, value_RF = z_RF.chunk(2, dim=-1)
     value_grad_RF = grad_RF * getattr(functional, function)(gate_RF)
@@ -48,8 +51,8 @@ def combine(
 ) -> Tensor:
     """Return y_TD = sum_j weight[t, j] * y[inverse[t*k+j]], where a negative position adds nothing.
 
-    Numerics: sums in fp32 or wider. Adds rows where they stand: a third of the time of a sum that
-    copies them choice by choice, on CPU.
+    Numerics: sums in fp32 or wider. embedding_bag adds rows where they stand; on CPU that takes a
+        third of the time of a sum that copies them choice by choice.
     """
     wide, is_kept_R, position_R = _sum_dtype(y_RD), inverse_R >= 0, inverse_R
     if y_RD.shape[0] == 0:
@@ -57,7 +60,7 @@ def combine(
     scale_R = None if weight_Tk is None else weight_Tk.reshape(-1)
     offset_T = torch.arange(0, inverse_R.numel(), num_choices, device=y_RD.device)
     if not is_kept_R.all():
-        # Left out and not multiplied by zero, which would let a NaN of another token through.
+        # Left out rather than multiplied by zero, which would let another token's NaN through.
         flat_R = torch.nonzero(is_kept_R)[:, 0]
         count_T = is_kept_R.view(-1, num_choices).sum(1)
         position_R, offset_T = inverse_R.index_select(0, flat_R), count_T.cumsum(0) - count_T
@@ -93,8 +96,7 @@ def combine_backward(
     return dy_RD, dweight_R.view_as(weight_Tk)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """The sorted rows that experts own: their flat indices and tokens, and the rows of each."""
 
     order_R: Tensor
@@ -106,9 +108,9 @@ class _Rows:
         return x_RX[: self.token_R.numel()].split(self.sizes)
 
 
-def _rows(order_R: Tensor, offset_E1: Tensor, num_choices: int) -> _Rows:
-    offset = offset_E1.tolist()
-    order_R = order_R[: offset[-1]]
+def _rows(plan: RowPlan, num_choices: int) -> _Rows:
+    offset = plan.offset_E1.tolist()
+    order_R = plan.order_R[: offset[-1]]
     token_R = order_R if num_choices == 1 else order_R // num_choices
     return _Rows(order_R, token_R, [end - first for first, end in itertools.pairwise(offset)])
 
@@ -120,84 +122,45 @@ def _linear(x_RX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, *, out_RY: T
         torch.addmm(bias_Y, x_RX, weight_YX.t(), out=out_RY)
 
 
-def _matrices(weight: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    return weight.unflatten(0, (num_experts, -1)).unbind()
+def _by_expert(values: Sequence[Tensor | None], count: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield each expert's part of w_in, b_in, w_out and b_out, or of their gradients.
 
-
-def _vectors(bias: Tensor | None, num_experts: int) -> Sequence[Tensor | None]:
-    return [None] * num_experts if bias is None else bias.unbind()
+    Parts are views. What is None as a whole is None for each, which the type does not say.
+    """
+    parts: list[Tensor | list[None]] = []
+    for value, is_matrix in zip(values, (True, False, True, False), strict=True):
+        if value is None:
+            parts.append([None] * count)
+        else:
+            parts.append(value.unflatten(0, (count, -1)) if is_matrix else value)
+    return zip(*parts, strict=True)
 
 
 def forward(
-    x_TD: Tensor,
-    weight_Tk: Tensor,
-    *,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    function: str,
-    is_gated: bool,
-    allow_tf32: bool,
+    x_TD: Tensor, weight_Tk: Tensor, plan: RowPlan, weights: Weights, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """Return y_TD and the pre-activation z_RF, with zeros in the rows without an expert."""
-    num_experts = offset_E1.numel() - 1
-    rows = _rows(order_R, offset_E1, weight_Tk.shape[1])
-    z_RF = x_TD.new_empty(order_R.numel(), w_in.shape[0] // num_experts)
+    num_experts = plan.offset_E1.numel() - 1
+    rows = _rows(plan, weight_Tk.shape[1])
+    z_RF = x_TD.new_empty(plan.order_R.numel(), weights.w_in.shape[0] // num_experts)
     z_RF[rows.order_R.numel() :].zero_()
     # Output rows are written over input rows: memory that is in the cache already.
     y_RD = x_TD.index_select(0, rows.token_R)
-    for xy_rows, z_rows, w_in_FD, b_in_F, w_out_DF, b_out_D in zip(
-        rows.by_expert(y_RD),
-        rows.by_expert(z_RF),
-        _matrices(w_in, num_experts),
-        _vectors(b_in, num_experts),
-        _matrices(w_out, num_experts),
-        _vectors(b_out, num_experts),
-        strict=True,
+    for xy_rows, z_rows, (w_in_FD, b_in_F, w_out_DF, b_out_D) in zip(
+        rows.by_expert(y_RD), rows.by_expert(z_RF), _by_expert(weights, num_experts), strict=True
     ):
         _linear(xy_rows, w_in_FD, b_in_F, out_RY=z_rows)
-        h_rows = activate(z_rows, function, is_gated=is_gated)
-        _linear(h_rows, w_out_DF, b_out_D, out_RY=xy_rows)
-    return combine(y_RD, weight_Tk, inverse_R, num_choices=weight_Tk.shape[1]), z_RF
-
-
-class _Expert(NamedTuple):
-    """What backward reads of an expert, and where its gradients go; None: not asked for."""
-
-    w_in: Tensor
-    w_out: Tensor
-    b_out: Tensor | None
-    dw_in: Tensor | None
-    db_in: Tensor | None
-    dw_out: Tensor | None
-    db_out: Tensor | None
-
-
-def _experts(
-    w_in: Tensor, w_out: Tensor, b_out: Tensor | None, grads: Sequence[Tensor | None], count: int
-) -> Iterator[_Expert]:
-    """Return the experts of a rank, `grads` being those of w_in, b_in, w_out and b_out."""
-    dw_in, db_in, dw_out, db_out = grads
-    return map(
-        _Expert,
-        _matrices(w_in, count),
-        _matrices(w_out, count),
-        _vectors(b_out, count),
-        _vectors(None if dw_in is None else dw_in.unflatten(0, (count, -1)), count),
-        _vectors(db_in, count),
-        _vectors(None if dw_out is None else dw_out.unflatten(0, (count, -1)), count),
-        _vectors(db_out, count),
-    )
+        _linear(activate(z_rows, activation), w_out_DF, b_out_D, out_RY=xy_rows)
+    return combine(y_RD, weight_Tk, plan.inverse_R, num_choices=weight_Tk.shape[1]), z_RF
 
 
 def _linear_grads(
     dy_RY: Tensor, x_RX: Tensor, *, weight: Tensor | None, bias: Tensor | None
 ) -> None:
-    """Write sum_r dy[r, y] x[r, x] and sum_r dy[r, y]: zeros if there are no rows."""
+    """Write sum_r dy[r, y] x[r, x] and sum_r dy[r, y].
+
+    An expert without rows gets zeros, not nothing: its gradient is uninitialised memory until here.
+    """
     if weight is not None:
         torch.mm(dy_RY.t(), x_RX, out=weight)
     if bias is not None:
@@ -207,7 +170,10 @@ def _linear_grads(
 def _gate_grad(
     dy_rows: Tensor, dh_rows: Tensor, h_rows: Tensor, b_out_D: Tensor | None, *, out_R: Tensor
 ) -> None:
-    """Write <dy, w_out h + b_out>, without the y that forward did not keep."""
+    """Write the gradient of the gate weights, <dy, w_out h + b_out>.
+
+    As <w_out^T dy, h> + <dy, b_out>, since forward does not keep y.
+    """
     gate_rows = _row_dot(dh_rows, h_rows)
     if b_out_D is not None:
         wide = gate_rows.dtype
@@ -219,54 +185,50 @@ def backward(
     dy_TD: Tensor,
     x_TD: Tensor,
     weight_Tk: Tensor,
-    *,
     z_RF: Tensor,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    function: str,
-    is_gated: bool,
-    allow_tf32: bool,
+    plan: RowPlan,
+    *,
+    weights: Weights,
+    activation: Activation,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Return the gradients of x, weight, w_in, b_in, w_out, b_out: None where not `needs`."""
-    rows = _rows(order_R, offset_E1, weight_Tk.shape[1])
+    rows, num_experts = _rows(plan, weight_Tk.shape[1]), plan.offset_E1.numel() - 1
     weight_R1 = weight_Tk.reshape(-1, 1).index_select(0, rows.order_R)
     gate_R = weight_R1.new_empty(rows.order_R.numel())
     # The gradient of a row of x is written over that row.
     x_RD = x_TD.index_select(0, rows.token_R)
-    pairs = zip((w_in, b_in, w_out, b_out), needs[2:], strict=True)
+    pairs = zip(weights, needs[2:], strict=True)
     grads = [v.new_empty(v.shape) if need and v is not None else None for v, need in pairs]
     hidden_is_needed = needs[0] or needs[2] or needs[3]
-    for x_rows, dy_rows, weight_rows, gate_rows, z_rows, expert in zip(
+    for x_rows, dy_rows, weight_rows, gate_rows, z_rows, expert, grad in zip(
         rows.by_expert(x_RD),
         rows.by_expert(dy_TD.index_select(0, rows.token_R)),
         rows.by_expert(weight_R1),
         rows.by_expert(gate_R),
         rows.by_expert(z_RF),
-        _experts(w_in, w_out, b_out, grads, offset_E1.numel() - 1),
+        _by_expert(weights, num_experts),
+        _by_expert(grads, num_experts),
         strict=True,
     ):
-        h_rows = activate(z_rows, function, is_gated=is_gated)
+        (w_in, _, w_out, b_out), (dw_in, db_in, dw_out, db_out) = expert, grad
+        # h is computed again from z: keeping it would double what forward leaves behind.
+        h_rows = activate(z_rows, activation)
         if needs[1] or hidden_is_needed:
-            dh_rows = dy_rows @ expert.w_out
+            dh_rows = dy_rows @ w_out
         if needs[1]:
-            _gate_grad(dy_rows, dh_rows, h_rows, expert.b_out, out_R=gate_rows)
+            _gate_grad(dy_rows, dh_rows, h_rows, b_out, out_R=gate_rows)
+        # After the gate's gradient, which is of dy and dh before the gate weight scales them.
         dy_rows.mul_(weight_rows)
-        _linear_grads(dy_rows, h_rows, weight=expert.dw_out, bias=expert.db_out)
+        _linear_grads(dy_rows, h_rows, weight=dw_out, bias=db_out)
         if hidden_is_needed:
-            dh_rows.mul_(weight_rows)
-            dz_rows = activate_grad(dh_rows, z_rows, function, is_gated=is_gated)
-            _linear_grads(dz_rows, x_rows, weight=expert.dw_in, bias=expert.db_in)
+            dz_rows = activate_grad(dh_rows.mul_(weight_rows), z_rows, activation)
+            _linear_grads(dz_rows, x_rows, weight=dw_in, bias=db_in)
         if needs[0]:
-            torch.mm(dz_rows, expert.w_in, out=x_rows)
+            torch.mm(dz_rows, w_in, out=x_rows)
     dx_TD = dweight_Tk = None
     if needs[0]:
-        dx_TD = combine(x_RD, None, inverse_R, num_choices=weight_Tk.shape[1])
+        dx_TD = combine(x_RD, None, plan.inverse_R, num_choices=weight_Tk.shape[1])
     if needs[1]:
         dweight_R = weight_Tk.new_zeros(weight_Tk.numel())
         dweight_Tk = dweight_R.index_copy_(0, rows.order_R.long(), gate_R).view_as(weight_Tk)

@@ -5,7 +5,7 @@
               weight_grad: dw_in, dw_out over ragged rows; column_sum: db_in, db_out
 
 The row tiles are listed on the device and their number is bounded on the host, so nothing waits for
-the device. The plain-torch reference of all functions here is torch_kernels.py.
+the device. The plain-torch reference of all functions here is torch_ffn.py.
 """
 
 import dataclasses
@@ -14,24 +14,9 @@ import torch
 from torch import Tensor
 
 from moe_kernels import triton_matmul, triton_rows
+from moe_kernels.plan import Activation, RowPlan, Weights
 from moe_kernels.tiles import Tile, Tiles, layer_size, power_of_2, tiles_for
-from moe_kernels.triton_seam import Constant, Launcher, is_interpreted, launch, num_programs
-
-__all__ = [
-    "Layer",
-    "backward",
-    "column_sum",
-    "combine",
-    "combine_backward",
-    "forward",
-    "gate_grad",
-    "hidden_grad",
-    "is_interpreted",
-    "make_layer",
-    "rows_matmul",
-    "up",
-    "weight_grad",
-]
+from moe_kernels.triton_seam import Constant, Launcher, launch, num_programs
 
 ROW_TILES_PER_PROGRAM = 64
 TOKEN_BLOCK = {"block_tokens": 8, "block_columns": 256, "num_warps": 4}
@@ -40,19 +25,16 @@ COLUMN_SUM_BLOCK = {"block_rows": 64, "block_columns": 64, "num_warps": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One call's rows and sizes, and the list of its row tiles on the device."""
+    """What the kernels of one call share, its row tiles listed on the device."""
 
     weight_Tk: Tensor
-    order_R: Tensor
-    inverse_R: Tensor
-    offset_E1: Tensor
+    plan: RowPlan
     row_tile: Tensor
     max_row_tiles: int
     tiles: Tiles
-    sizes: dict[str, Constant]  # what `up` and `hidden_grad` have in common
     width: int
     hidden: int
-    is_gated: bool
+    activation: Activation
     launch: Launcher
 
     @property
@@ -63,12 +45,18 @@ class Layer:
     @property
     def num_experts(self) -> int:
         """Return E."""
-        return self.offset_E1.numel() - 1
+        return self.plan.offset_E1.numel() - 1
+
+    @property
+    def sizes(self) -> dict[str, Constant]:
+        """Return the constants that `up` and `hidden_grad` have in common."""
+        sizes = {"num_choices": self.num_choices, "width": self.width, "hidden": self.hidden}
+        return {**sizes, **self.activation._asdict()}
 
     def grid(self, num_columns: int, tile: Tile) -> tuple[int]:
         """Return a persistent grid, no larger than the tiles there can be."""
         num_tiles = self.max_row_tiles * _blocks(num_columns, tile.n)
-        return _persistent(self.order_R.device, tile, num_tiles=num_tiles)
+        return _persistent(self.weight_Tk.device, tile, num_tiles=num_tiles)
 
 
 def _persistent(device: torch.device, tile: Tile, *, num_tiles: int) -> tuple[int]:
@@ -79,35 +67,33 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _schedule(
-    offset_E1: Tensor, num_rows: int, *, block_m: int, launcher: Launcher
-) -> tuple[Tensor, int]:
-    num_experts = offset_E1.numel() - 1
-    # Each expert ends in at most one tile that is not full.
+def _schedule(plan: RowPlan, *, block_m: int, launcher: Launcher) -> tuple[Tensor, int]:
+    num_rows, num_experts = plan.order_R.numel(), plan.offset_E1.numel() - 1
+    # Each expert ends in at most one tile that is not full. The host knows this bound only: how
+    # many tiles there are depends on the routing, and reading it back would wait for the device.
     max_tiles = num_rows // block_m + min(num_experts, num_rows)
-    row_tile = torch.empty(1 + 3 * max_tiles, dtype=torch.int32, device=offset_E1.device)
-    constants: dict[str, Constant] = {
-        "num_experts": num_experts,
-        "block_experts": power_of_2(num_experts),
-        "block_m": block_m,
-        "block_tiles": ROW_TILES_PER_PROGRAM,
-    }
-    grid = (max(1, _blocks(max_tiles, ROW_TILES_PER_PROGRAM)),)
-    launcher(triton_rows.schedule, grid, (offset_E1, row_tile), constants)
+    row_tile = plan.offset_E1.new_empty(1 + 3 * max_tiles)
+    launcher(
+        triton_rows.schedule,
+        (max(1, _blocks(max_tiles, ROW_TILES_PER_PROGRAM)),),
+        (plan.offset_E1, row_tile),
+        {
+            "num_experts": num_experts,
+            "block_experts": power_of_2(num_experts),
+            "block_m": block_m,
+            "block_tiles": ROW_TILES_PER_PROGRAM,
+        },
+    )
     return row_tile, max_tiles
 
 
 def make_layer(
     x_TD: Tensor,
     weight_Tk: Tensor,
+    plan: RowPlan,
+    activation: Activation,
     *,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
     hidden: int,
-    function: str,
-    is_gated: bool,
-    allow_tf32: bool,
     tiles: Tiles | None = None,
     launcher: Launcher | None = None,
 ) -> Layer:
@@ -120,35 +106,28 @@ def make_layer(
         size = layer_size(
             width,
             hidden,
-            is_gated=is_gated,
-            num_experts=offset_E1.numel() - 1,
+            is_gated=activation.is_gated,
+            num_experts=plan.offset_E1.numel() - 1,
             dtype=x_TD.dtype,
-            num_rows=order_R.numel(),
+            num_rows=plan.order_R.numel(),
         )
         tiles = tiles_for(size)
-    row_tile, max_row_tiles = _schedule(
-        offset_E1, order_R.numel(), block_m=tiles.up.m, launcher=launcher
-    )
-    sizes: dict[str, Constant] = {
-        "num_choices": weight_Tk.shape[1],
-        "width": width,
-        "hidden": hidden,
-        "function": function,
-        "is_gated": is_gated,
-        "precision": "tf32" if allow_tf32 else "ieee",
-    }
-    rows = (weight_Tk, order_R, inverse_R, offset_E1)
-    return Layer(*rows, row_tile, max_row_tiles, tiles, sizes, width, hidden, is_gated, launcher)
+    schedule = _schedule(plan, block_m=tiles.up.m, launcher=launcher)
+    return Layer(weight_Tk, plan, *schedule, tiles, width, hidden, activation, launcher)
 
 
-def up(layer: Layer, x_TD: Tensor, w_in: Tensor, b_in: Tensor | None) -> tuple[Tensor, Tensor]:
+def up(layer: Layer, x_TD: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """Return the pre-activation z_RF, gate half first if gated, and h_RF = activation(z)."""
-    num_rows, halves = layer.order_R.numel(), 2 if layer.is_gated else 1
-    z_RF = x_TD.new_empty(num_rows, layer.hidden * halves)
-    h_RF = x_TD.new_empty(num_rows, layer.hidden)
-    values = (x_TD, w_in, b_in, layer.order_R, layer.row_tile, z_RF, h_RF)
-    constants = {**layer.sizes, "has_bias": b_in is not None, **layer.tiles.up.constants()}
-    layer.launch(triton_matmul.up, layer.grid(layer.hidden, layer.tiles.up), values, constants)
+    order_R, tile = layer.plan.order_R, layer.tiles.up
+    halves = 2 if layer.activation.is_gated else 1
+    z_RF = x_TD.new_empty(order_R.numel(), layer.hidden * halves)
+    h_RF = x_TD.new_empty(order_R.numel(), layer.hidden)
+    layer.launch(
+        triton_matmul.up,
+        layer.grid(layer.hidden, tile),
+        (x_TD, weights.w_in, weights.b_in, order_R, layer.row_tile, z_RF, h_RF),
+        {**layer.sizes, "has_bias": weights.b_in is not None, **tile.constants()},
+    )
     return z_RF, h_RF
 
 
@@ -157,17 +136,18 @@ def rows_matmul(
 ) -> Tensor:
     """Return each sorted row times its expert's weight: [F, D], or [D, F] if transposed."""
     out_RD = left_RX.new_empty(left_RX.shape[0], layer.width)
-    constants: dict[str, Constant] = {
-        "depth": left_RX.shape[1],
-        "width": layer.width,
-        "has_bias": bias is not None,
-        "is_transposed": is_transposed,
-        "precision": layer.sizes["precision"],
-        **layer.tiles.rows.constants(),
-    }
-    values = (left_RX, weight, bias, layer.row_tile, out_RD)
-    grid = layer.grid(layer.width, layer.tiles.rows)
-    layer.launch(triton_matmul.rows_matmul, grid, values, constants)
+    layer.launch(
+        triton_matmul.rows_matmul,
+        layer.grid(layer.width, layer.tiles.rows),
+        (left_RX, weight, bias, layer.row_tile, out_RD),
+        {
+            "depth": left_RX.shape[1],
+            "width": layer.width,
+            "has_bias": bias is not None,
+            "is_transposed": is_transposed,
+            **layer.tiles.rows.constants(),
+        },
+    )
     return out_RD
 
 
@@ -182,16 +162,18 @@ def combine(
     out_TD = y_RD.new_empty(num_tokens, width)
     if num_tokens == 0:
         return out_TD
-    constants: dict[str, Constant] = {
-        "num_choices": num_choices,
-        "width": width,
-        "has_weight": weight_Tk is not None,
-        **TOKEN_BLOCK,
-    }
     blocks_of_columns = _blocks(width, TOKEN_BLOCK["block_columns"])
-    grid = (_blocks(num_tokens, TOKEN_BLOCK["block_tokens"]), blocks_of_columns)
-    values = (y_RD, weight_Tk, inverse_R, out_TD, num_tokens)
-    launch(triton_rows.combine_rows, grid, values, constants)
+    launch(
+        triton_rows.combine_rows,
+        (_blocks(num_tokens, TOKEN_BLOCK["block_tokens"]), blocks_of_columns),
+        (y_RD, weight_Tk, inverse_R, out_TD, num_tokens),
+        {
+            "num_choices": num_choices,
+            "width": width,
+            "has_weight": weight_Tk is not None,
+            **TOKEN_BLOCK,
+        },
+    )
     return out_TD
 
 
@@ -200,47 +182,28 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of y_RD and of weight_Tk."""
     num_tokens, num_choices = weight_Tk.shape
+    # Zeros, for the kernel writes only the rows that a token uses.
     dy_RD, dweight_Tk = torch.zeros_like(y_RD), torch.empty_like(weight_Tk)
     if num_tokens == 0:
         return dy_RD, dweight_Tk
-    sizes: dict[str, Constant] = {"num_choices": num_choices, "width": y_RD.shape[1]}
-    grid = (_blocks(num_tokens, TOKEN_BLOCK["block_tokens"]),)
-    values = (dy_TD, y_RD, weight_Tk, inverse_R, dy_RD, dweight_Tk, num_tokens)
-    launch(triton_rows.combine_rows_backward, grid, values, {**sizes, **TOKEN_BLOCK})
+    launch(
+        triton_rows.combine_rows_backward,
+        (_blocks(num_tokens, TOKEN_BLOCK["block_tokens"]),),
+        (dy_TD, y_RD, weight_Tk, inverse_R, dy_RD, dweight_Tk, num_tokens),
+        {"num_choices": num_choices, "width": y_RD.shape[1], **TOKEN_BLOCK},
+    )
     return dy_RD, dweight_Tk
 
 
 def forward(
-    x_TD: Tensor,
-    weight_Tk: Tensor,
-    *,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    function: str,
-    is_gated: bool,
-    allow_tf32: bool,
+    x_TD: Tensor, weight_Tk: Tensor, plan: RowPlan, weights: Weights, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """Return y_TD and the pre-activation z_RF, whose rows without an expert are not set."""
     with torch.cuda.device_of(x_TD):
-        layer = make_layer(
-            x_TD,
-            weight_Tk,
-            order_R=order_R,
-            inverse_R=inverse_R,
-            offset_E1=offset_E1,
-            hidden=w_out.shape[1],
-            function=function,
-            is_gated=is_gated,
-            allow_tf32=allow_tf32,
-        )
-        z_RF, h_RF = up(layer, x_TD, w_in, b_in)
-        y_RD = rows_matmul(layer, h_RF, w_out, bias=b_out, is_transposed=True)
-        return combine(y_RD, weight_Tk, inverse_R, num_choices=layer.num_choices), z_RF
+        layer = make_layer(x_TD, weight_Tk, plan, activation, hidden=weights.w_out.shape[1])
+        z_RF, h_RF = up(layer, x_TD, weights)
+        y_RD = rows_matmul(layer, h_RF, weights.w_out, bias=weights.b_out, is_transposed=True)
+        return combine(y_RD, weight_Tk, plan.inverse_R, num_choices=layer.num_choices), z_RF
 
 
 def hidden_grad(
@@ -251,12 +214,15 @@ def hidden_grad(
     shape_NR = (_blocks(layer.hidden, tile.n), num_rows)
     dz_RF = torch.empty_like(z_RF)
     h_RF = z_RF.new_empty(num_rows, layer.hidden) if keeps_h else None
+    # A share per column block, summed later in one order: adding them up here would take atomics.
     share_NR = z_RF.new_empty(shape_NR, dtype=torch.float32) if keeps_gate else None
-    keeps: dict[str, Constant] = {"keeps_h": keeps_h, "keeps_gate": keeps_gate}
-    rows = (layer.weight_Tk, layer.order_R, layer.row_tile)
-    values = (dy_TD, w_out, z_RF, *rows, dz_RF, h_RF, share_NR, num_rows)
-    constants = {**layer.sizes, **keeps, **tile.constants()}
-    layer.launch(triton_matmul.hidden_grad, layer.grid(layer.hidden, tile), values, constants)
+    rows = (layer.weight_Tk, layer.plan.order_R, layer.row_tile)
+    layer.launch(
+        triton_matmul.hidden_grad,
+        layer.grid(layer.hidden, tile),
+        (dy_TD, w_out, z_RF, *rows, dz_RF, h_RF, share_NR, num_rows),
+        {**layer.sizes, "keeps_h": keeps_h, "keeps_gate": keeps_gate, **tile.constants()},
+    )
     return dz_RF, h_RF, share_NR
 
 
@@ -265,38 +231,43 @@ def gate_grad(layer: Layer, dy_TD: Tensor, *, share_NR: Tensor, b_out: Tensor | 
     dweight_Tk, num_tokens = torch.empty_like(layer.weight_Tk), dy_TD.shape[0]
     if num_tokens == 0:
         return dweight_Tk
-    constants: dict[str, Constant] = {
-        "num_shares": share_NR.shape[0],
-        "num_choices": layer.num_choices,
-        "num_experts": layer.num_experts,
-        "width": layer.width,
-        "has_bias": b_out is not None,
-        "block_experts": power_of_2(layer.num_experts),
-        **TOKEN_BLOCK,
-    }
-    values = (share_NR, dy_TD, b_out, layer.inverse_R, layer.offset_E1, dweight_Tk, num_tokens)
-    grid = (_blocks(num_tokens, TOKEN_BLOCK["block_tokens"]),)
-    layer.launch(triton_rows.gate_grad, grid, values, constants)
+    rows = (layer.plan.inverse_R, layer.plan.offset_E1)
+    layer.launch(
+        triton_rows.gate_grad,
+        (_blocks(num_tokens, TOKEN_BLOCK["block_tokens"]),),
+        (share_NR, dy_TD, b_out, *rows, dweight_Tk, num_tokens),
+        {
+            "num_shares": share_NR.shape[0],
+            "num_choices": layer.num_choices,
+            "num_experts": layer.num_experts,
+            "width": layer.width,
+            "has_bias": b_out is not None,
+            "block_experts": power_of_2(layer.num_experts),
+            **TOKEN_BLOCK,
+        },
+    )
     return dweight_Tk
 
 
 def weight_grad(layer: Layer, left: Tensor, right: Tensor, *, is_left_gathered: bool) -> Tensor:
     """Return left^T @ right over each expert's rows; one of both is by token, not sorted."""
-    tile, (left_width, right_width) = layer.tiles.weight_grad, (left.shape[1], right.shape[1])
+    tile, left_width, right_width = layer.tiles.weight_grad, left.shape[1], right.shape[1]
     out = left.new_empty(layer.num_experts * left_width, right_width)
-    constants: dict[str, Constant] = {
-        "num_choices": layer.num_choices,
-        "num_experts": layer.num_experts,
-        "left_width": left_width,
-        "right_width": right_width,
-        "is_left_gathered": is_left_gathered,
-        "precision": layer.sizes["precision"],
-        **tile.constants(),
-    }
+    # All experts' tiles, the empty ones' too: `out` is not set until the kernel writes their zeros.
     num_tiles = layer.num_experts * _blocks(left_width, tile.m) * _blocks(right_width, tile.n)
-    values = (left, right, layer.order_R, layer.offset_E1, out)
-    grid = _persistent(left.device, tile, num_tiles=num_tiles)
-    layer.launch(triton_matmul.weight_grad, grid, values, constants)
+    layer.launch(
+        triton_matmul.weight_grad,
+        _persistent(left.device, tile, num_tiles=num_tiles),
+        (left, right, layer.plan.order_R, layer.plan.offset_E1, out),
+        {
+            "num_choices": layer.num_choices,
+            "num_experts": layer.num_experts,
+            "left_width": left_width,
+            "right_width": right_width,
+            "is_left_gathered": is_left_gathered,
+            **tile.constants(),
+        },
+    )
     return out
 
 
@@ -304,15 +275,17 @@ def column_sum(layer: Layer, value: Tensor, *, is_of_tokens: bool) -> Tensor:
     """Return the sum of each expert's rows, of tokens times their weights if `is_of_tokens`."""
     width = value.shape[1]
     out = value.new_empty(layer.num_experts, width)
-    constants: dict[str, Constant] = {
-        "num_choices": layer.num_choices,
-        "width": width,
-        "is_of_tokens": is_of_tokens,
-        **COLUMN_SUM_BLOCK,
-    }
-    values = (value, layer.weight_Tk, layer.order_R, layer.offset_E1, out)
-    grid = (layer.num_experts, _blocks(width, COLUMN_SUM_BLOCK["block_columns"]))
-    layer.launch(triton_rows.column_sum, grid, values, constants)
+    layer.launch(
+        triton_rows.column_sum,
+        (layer.num_experts, _blocks(width, COLUMN_SUM_BLOCK["block_columns"])),
+        (value, layer.weight_Tk, layer.plan.order_R, layer.plan.offset_E1, out),
+        {
+            "num_choices": layer.num_choices,
+            "width": width,
+            "is_of_tokens": is_of_tokens,
+            **COLUMN_SUM_BLOCK,
+        },
+    )
     return out
 
 
@@ -320,41 +293,25 @@ def backward(
     dy_TD: Tensor,
     x_TD: Tensor,
     weight_Tk: Tensor,
-    *,
     z_RF: Tensor,
-    order_R: Tensor,
-    inverse_R: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    function: str,
-    is_gated: bool,
-    allow_tf32: bool,
+    plan: RowPlan,
+    *,
+    weights: Weights,
+    activation: Activation,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Return the gradients of x, weight, w_in, b_in, w_out, b_out: None where not `needs`."""
     of_x, of_weight, of_w_in, of_b_in, of_w_out, of_b_out = needs
     grads: list[Tensor | None] = [None] * len(needs)
+    w_in, _, w_out, b_out = weights
     with torch.cuda.device_of(x_TD):
-        layer = make_layer(
-            x_TD,
-            weight_Tk,
-            order_R=order_R,
-            inverse_R=inverse_R,
-            offset_E1=offset_E1,
-            hidden=w_out.shape[1],
-            function=function,
-            is_gated=is_gated,
-            allow_tf32=allow_tf32,
-        )
+        layer = make_layer(x_TD, weight_Tk, plan, activation, hidden=w_out.shape[1])
         dz_RF, h_RF, share_NR = hidden_grad(
             layer, dy_TD, z_RF=z_RF, w_out=w_out, keeps_h=of_w_out, keeps_gate=of_weight
         )
         if of_x:
             dx_RD = rows_matmul(layer, dz_RF, w_in, bias=None, is_transposed=False)
-            grads[0] = combine(dx_RD, None, inverse_R, num_choices=layer.num_choices)
+            grads[0] = combine(dx_RD, None, plan.inverse_R, num_choices=layer.num_choices)
         if share_NR is not None:
             grads[1] = gate_grad(layer, dy_TD, share_NR=share_NR, b_out=b_out)
         if of_w_in:

@@ -5,6 +5,8 @@
 
 A program walks tiles in steps of the grid, column blocks first: the programs in flight share their
 rows and one expert's weight, which stay in L2. The list of row tiles is triton_rows.schedule's.
+Every element of an output is one program's, so nothing is added with atomics and bits repeat.
+Sums are fp32 and rounded once, when they are stored; bias, activation and slope see the fp32 sum.
 """
 
 # ruff: noqa: PLR0917  (a kernel takes its arguments by position)
@@ -49,7 +51,6 @@ def _product(
     is_transposed: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
-    precision: tl.constexpr,
 ) -> tl.tensor:
     """Return left[row] @ weight[:, column]; `row` is int64 and in bounds, columns need not be."""
     is_column = column < num_columns
@@ -60,16 +61,19 @@ def _product(
     else:
         weight_ptrs = weight_ptr + depth_K[:, None] * num_columns + column[None, :]
     step: tl.constexpr = block_k if is_transposed else block_k * num_columns
+    # Where blocks divide the sizes no load needs a mask in the inner loop.
     is_even: tl.constexpr = depth % block_k == 0 and num_columns % block_n == 0
     total = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, depth, block_k):
         if is_even:
             left, weight = tl.load(left_ptrs), tl.load(weight_ptrs)
         else:
+            # Both sides: what is beyond the depth may be a NaN, which times zero is one, too.
             is_depth = depth_K < depth - start
             left = tl.load(left_ptrs, mask=is_depth[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=is_depth[:, None] & is_column[None, :], other=0.0)
-        total = tl.dot(left, weight, total, input_precision=precision)
+        # Not Triton's default, tf32, which cuts fp32 inputs down to 10 bits of mantissa.
+        total = tl.dot(left, weight, total, input_precision="ieee")
         left_ptrs += block_k
         weight_ptrs += step
     return total
@@ -97,6 +101,7 @@ def _store_tile(
     num_columns: tl.constexpr,
     stride: tl.constexpr,
 ) -> None:
+    # The last tile of an expert reaches into the next one's rows, which are another program's.
     is_inside = is_row[:, None] & (column < num_columns)[None, :]
     out_ptrs = out_ptr + row[:, None] * stride + column[None, :]
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=is_inside)
@@ -130,7 +135,6 @@ def up(
     has_bias: tl.constexpr,
     function: tl.constexpr,
     is_gated: tl.constexpr,
-    precision: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
@@ -143,23 +147,28 @@ def up(
     z_width: tl.constexpr = 2 * hidden if is_gated else hidden
     quarter: tl.constexpr = block_n // 4
     blocks_n: tl.constexpr = (hidden + block_n - 1) // block_n
+    # Persistent: the number of tiles is known to the device only, so the grid is of a fixed size
+    # and each program takes every num_programs-th tile until the list of this call ends.
     for index in range(tl.program_id(0), tl.load(tile_ptr) * blocks_n, tl.num_programs(0)):
         tile = tile_ptr + 1 + 3 * (index // blocks_n)
+        # int64, as the expert's weight may begin beyond 2**31 elements.
         expert, first, end = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
         row = first + tl.arange(0, block_m)
         is_row = row < end
+        # Rows past the expert's end read its last row again, which needs no mask in the products;
+        # what is computed for them is not stored.
         token = tl.load(order_ptr + tl.minimum(row, end - 1)).to(tl.int64) // num_choices
         row = row.to(tl.int64)
         column = (index % blocks_n) * block_n + tl.arange(0, block_n)
         weight, bias = w_in_ptr + expert * z_width * width, expert * z_width
-        z = _product(x_ptr, token, weight, column, hidden, width, True, block_n, block_k, precision)
+        z = _product(x_ptr, token, weight, column, hidden, width, True, block_n, block_k)
         z_parts = _quarters(z)
         if is_gated:
+            # The value half by a second product, so that both halves of a z are in one program.
             weight += hidden * width
-            z = _product(
-                x_ptr, token, weight, column, hidden, width, True, block_n, block_k, precision
-            )
+            z = _product(x_ptr, token, weight, column, hidden, width, True, block_n, block_k)
             value_parts = _quarters(z)
+        # The epilogue goes by quarters of the columns: erf and exp on a whole tile would spill.
         column = (index % blocks_n) * block_n + tl.arange(0, quarter)
         for part in tl.static_range(4):
             z = z_parts[part]
@@ -188,7 +197,6 @@ def rows_matmul(
     width: tl.constexpr,
     has_bias: tl.constexpr,
     is_transposed: tl.constexpr,
-    precision: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
@@ -207,16 +215,7 @@ def rows_matmul(
         column = (index % blocks_n) * block_n + tl.arange(0, block_n)
         weight = weight_ptr + expert * depth * width
         out = _product(
-            left_ptr,
-            inner,
-            weight,
-            column,
-            width,
-            depth,
-            is_transposed,
-            block_n,
-            block_k,
-            precision,
+            left_ptr, inner, weight, column, width, depth, is_transposed, block_n, block_k
         )
         if has_bias:
             out = _add_bias(out, bias_ptr, expert * width, column, width)
@@ -254,10 +253,14 @@ def _store_hidden_grad(
     function: tl.constexpr,
     is_gated: tl.constexpr,
 ) -> tl.tensor:
-    """Store dz and weight * h of these columns; return <dh, h> of each row over them."""
+    """Store dz and weight * h of these columns; return <dh, h> of each row over them.
+
+    dh is of w_out h before the gate weight scales it, as dgate needs it; dz and h carry the weight.
+    """
     z_width: tl.constexpr = 2 * hidden if is_gated else hidden
     is_row, inner = row < end, tl.minimum(row, end - 1)
     z = _load_tile(z_ptr, inner, column, hidden, z_width)
+    # Computed again from z, the only one of the two that forward keeps.
     h = _apply(z, function)
     slope = weight * _slope(z, function)
     if is_gated:
@@ -291,7 +294,6 @@ def hidden_grad(
     keeps_gate: tl.constexpr,
     function: tl.constexpr,
     is_gated: tl.constexpr,
-    precision: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
@@ -312,19 +314,10 @@ def hidden_grad(
         row = row.to(tl.int64)
         column = (index % blocks_n) * block_n + tl.arange(0, block_n)
         w_out = w_out_ptr + expert * width * hidden
-        dh = _product(
-            dy_ptr,
-            flat // num_choices,
-            w_out,
-            column,
-            hidden,
-            width,
-            False,
-            block_n,
-            block_k,
-            precision,
-        )
+        token = flat // num_choices
+        dh = _product(dy_ptr, token, w_out, column, hidden, width, False, block_n, block_k)
         weight = tl.load(weight_ptr + flat).to(tl.float32)[:, None]
+        # By halves, for the reason that `up` goes by quarters.
         dh_parts = _halves(dh)
         column = (index % blocks_n) * block_n + tl.arange(0, half)
         share = tl.zeros((block_m,), tl.float32)
@@ -344,6 +337,7 @@ def hidden_grad(
                 is_gated,
             )
             column += half
+        # A row of shares per column block, since the blocks of a row are different programs'.
         if keeps_gate:
             tl.store(gate_ptr + (index % blocks_n) * num_rows + row, share, mask=is_row)
 
@@ -360,7 +354,6 @@ def weight_grad(
     left_width: tl.constexpr,
     right_width: tl.constexpr,
     is_left_gathered: tl.constexpr,
-    precision: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
@@ -382,6 +375,8 @@ def weight_grad(
         # int32 sizes overflow at 2**31 elements, which many experts of a large model reach.
         out = out_ptr + tl.cast(expert, tl.int64) * left_width * right_width
         end = tl.load(offset_ptr + expert + 1)
+        # An expert without rows leaves the loop at once and stores these zeros: its gradient must
+        # be zero, and what is in `out` before is not.
         total = tl.zeros((block_m, block_n), tl.float32)
         for start in range(tl.load(offset_ptr + expert), end, block_k):
             row = start + tl.arange(0, block_k)
@@ -392,8 +387,9 @@ def weight_grad(
             right_row = row if is_left_gathered else token
             left_ptrs = left_ptr + left_row[:, None] * left_width + left_column[None, :]
             right_ptrs = right_ptr + right_row[:, None] * right_width + right_column[None, :]
+            # Here rows are what is summed over: the next expert's must count as zero on both sides.
             left = tl.load(left_ptrs, mask=is_row[:, None] & is_left[None, :], other=0.0)
             right = tl.load(right_ptrs, mask=is_row[:, None] & is_right[None, :], other=0.0)
-            total = tl.dot(tl.trans(left), right, total, input_precision=precision)
+            total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
         row = left_column.to(tl.int64)
         _store_tile(out, total, row, is_left, right_column, right_width, right_width)

@@ -1,6 +1,7 @@
 """Triton kernels over rows: the list of row tiles, the gather-sum of tokens and column sums.
 
-Nothing here multiplies matrices; every kernel is bound by memory. No atomics.
+Nothing here multiplies matrices; every kernel is bound by memory. A program owns the tokens or
+columns that it writes and sums them in fp32 in one order: no atomics, the same bits every time.
 """
 
 # ruff: noqa: PLR0917  (a kernel takes its arguments by position)
@@ -30,6 +31,8 @@ def schedule(
     tile_end_E = tl.cumsum(tiles_E, 0)
     total = tl.sum(tiles_E, 0)
     tile = tl.program_id(0) * block_tiles + tl.arange(0, block_tiles)
+    # A tile is of the one expert whose tiles' range holds it; one without rows has an empty range.
+    # The sum over experts then picks that expert's numbers, where a gather would need a search.
     is_mine = (tile[:, None] >= (tile_end_E - tiles_E)[None, :]) & (
         tile[:, None] < tile_end_E[None, :]
     )
@@ -81,6 +84,7 @@ def column_sum(
             weight = tl.load(weight_ptr + flat, mask=is_row, other=0.0).to(tl.float32)
             value *= weight[:, None]
         total += value
+    # Zeros for an expert without rows, whose loop ran no time: `out` was not set before.
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + expert * width + column, out, mask=is_column)
 
@@ -110,6 +114,7 @@ def combine_rows(
     for choice in tl.static_range(num_choices):
         flat = token * num_choices + choice
         position = tl.load(inverse_ptr + flat, mask=is_token, other=-1).to(tl.int64)
+        # A dropped choice is not loaded: its weight times a NaN in some other row would be one.
         is_kept = (position >= 0)[:, None] & is_column[None, :]
         y_ptrs = y_ptr + position[:, None] * width + column[None, :]
         y = tl.load(y_ptrs, mask=is_kept, other=0.0).to(tl.float32)
@@ -193,6 +198,8 @@ def gate_grad(
             share = share_ptr + index * num_tokens * num_choices + position
             total += tl.load(share, mask=is_kept, other=0.0)
         if has_bias:
+            # A row's expert is the number of experts that end at or before it; the lanes beyond the
+            # experts never do.
             end_E = tl.load(offset_ptr + 1 + expert_E, mask=is_expert_E, other=2147483647)
             expert = tl.sum((end_E[None, :] <= position[:, None]).to(tl.int32), 1)
             dot = tl.zeros((block_tokens, block_columns), tl.float32)

@@ -1,6 +1,6 @@
 """The one file that imports triton: what its kernels are written with, and how one is launched.
 
-triton_seam -> triton_rows, triton_matmul (kernels) -> triton_kernels (what is launched when)
+triton_seam -> triton_rows, triton_matmul (kernels) -> triton_ffn (what is launched when)
 """
 
 from collections.abc import Callable
@@ -32,20 +32,20 @@ INTERPRETED_PROGRAMS = 3  # few, so that in tests a program walks several tiles
 
 
 def is_interpreted() -> bool:
-    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at first import)."""
+    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at its import)."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def num_programs(device: torch.device, *, per_sm: int) -> int:
-    """Return the size of a persistent grid on `device`, with so many per multiprocessor."""
+    """Return the number of programs of a persistent grid, `per_sm` on each multiprocessor."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_options() -> dict[str, Constant]:
-    """Return the compiler's options that all kernels are launched with."""
-    # Stated, since the default of Triton 3.10 is to round after every multiplication.
+    """Return the compiler options that every kernel is launched with."""
+    # Set here because Triton 3.10 rounds after every multiplication by default.
     return {"enable_fp_fusion": True}
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -232,7 +233,7 @@ def dry_steps(out):
     blocks = functools.partial(block_compile.compile_blocks, backend="eager")
     block_compile.compile_blocks = blocks
     torch.compile = functools.partial(torch.compile, backend="eager")
-    step_gpu.main(["--dry", "--repeats", "3", "--out", str(out)])
+    step_gpu.main(["--dry", "--repeats", "2", "--out", str(out)])
 
 
 @pytest.fixture(scope="module")
@@ -371,9 +372,19 @@ def test_loaders_write_what_their_tables_need(tmp_path):
     assert all("" not in row for row in rows["loader recipes"]), "no cell is empty"
 
 
+def as_program(words):
+    assert words[1] == "-m"
+    sys.argv = words[2:]
+    runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+
+
 @pytest.mark.slow
-def test_the_other_parts_for_a_gpu_run_dry_by_the_runner(tmp_path):
-    """All but step_gpu, which is above, and moe_gpu, which has a file of tests of its own."""
+def test_the_other_parts_for_a_gpu_run_dry_by_the_runner(tmp_path, monkeypatch):
+    """All but step_gpu, which is above, and moe_gpu, which has a file of tests of its own.
+
+    Each is run as `python -m` would run it, but forked from here, where torch is imported already.
+    """
+    monkeypatch.setattr(run, "finish", lambda words, **_: in_child(as_program, words))
     names = [part.name for part in run.PARTS["gpu"] if part.name not in ("step_gpu", "moe_gpu")]
     out = tmp_path / "gpu.json"
     assert run.main(["gpu", "--dry", "--parts", *names, "--out", str(out)]) == 0

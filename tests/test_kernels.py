@@ -5,6 +5,7 @@ last test runs this file again in a process where it is.
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -20,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_kernels import ops, torch_ffn
 
 if importlib.util.find_spec("triton"):
-    from moe_kernels import triton_ffn
+    from moe_kernels import triton_ffn, triton_seam
 
-    HAS_INTERPRETER = triton_ffn.is_interpreted()
+    HAS_INTERPRETER = triton_seam.is_interpreted()
 else:
     triton_ffn, HAS_INTERPRETER = None, False
 
@@ -34,9 +35,18 @@ if torch.cuda.is_available() and not HAS_INTERPRETER:
     ]
 NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
 ROUTINGS = ("balanced", "skewed", "one takes all", "empty expert", "dropped rows", "all dropped")
-EXPERTS_AND_CHOICES = [(1, 1), (1, 8), (2, 1), (2, 2), (7, 2), (7, 8), (64, 2)]
+EXPERTS_AND_CHOICES = [(1, 1), (1, 8), (2, 1), (2, 2), (7, 2), (7, 8), (70, 2)]
+ROUTED = list(itertools.product(ROUTINGS, EXPERTS_AND_CHOICES))
 # Multiples of the tiles, less than one, and a little more than one.
 CHOICES_AND_WIDTHS = [(1, 64, 128), (2, 40, 72), (2, 130, 66)]
+SHAPED = list(itertools.product(ops.ACTIVATIONS, CHOICES_AND_WIDTHS))
+if HAS_INTERPRETER:  # slow: each branch of a kernel once, not times each other
+    # 70 experts of a row each have more row tiles than one program of `schedule` lists.
+    ROUTED = [("balanced", (70, 2)), ("skewed", (1, 8)), ("skewed", (2, 1))]
+    ROUTED += [(routing, (7, 2)) for routing in ROUTINGS]
+    SHAPED = [
+        (name, sizes) for name, sizes in SHAPED if sizes[1] == 40 or name in ("gelu", "geglu")
+    ]
 needs_triton = pytest.mark.skipif(triton_ffn is None, reason="triton is not installed")
 
 
@@ -105,7 +115,8 @@ def reference(values, id_Tk, num_experts, activation):
 
 def run(values, id_Tk, num_experts, activation, backend):
     plan = ops.plan_rows(id_Tk, num_experts)
-    return ops.moe_ffn(*values[:2], plan, *values[2:], activation=activation, backend=backend)
+    weights = ops.Weights(*values[2:])
+    return ops.moe_ffn(*values[:2], plan, weights, activation=activation, backend=backend)
 
 
 def differentiate(y, values):
@@ -131,9 +142,9 @@ def worst_error(values, id_Tk, num_experts, activation, backend_device, dtype=to
     return max(norm(a.cpu() - b) / max(norm(b), 1e-30) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("num_choices", "width", "hidden"), CHOICES_AND_WIDTHS)
-@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
-def test_output_and_every_gradient(backend_device, activation, num_choices, width, hidden):
+@pytest.mark.parametrize(("activation", "sizes"), SHAPED)
+def test_output_and_every_gradient(backend_device, activation, sizes):
+    num_choices, width, hidden = sizes
     values = draw(
         70, width, hidden, num_experts=3, num_choices=num_choices,
         gated=ops.ACTIVATIONS[activation][1],
@@ -142,11 +153,11 @@ def test_output_and_every_gradient(backend_device, activation, num_choices, widt
     assert worst_error(values, id_Tk, 3, activation, backend_device) <= 1e-5
 
 
-@pytest.mark.parametrize(("num_experts", "num_choices"), EXPERTS_AND_CHOICES)
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_any_routing(backend_device, routing, num_experts, num_choices):
-    values = draw(33, 40, 24, num_experts=num_experts, num_choices=num_choices)
-    id_Tk = experts_of(routing, 33, num_experts, num_choices)
+@pytest.mark.parametrize(("routing", "experts_and_choices"), ROUTED)
+def test_any_routing(backend_device, routing, experts_and_choices):
+    num_experts, num_choices = experts_and_choices
+    values = draw(35, 40, 24, num_experts=num_experts, num_choices=num_choices)
+    id_Tk = experts_of(routing, 35, num_experts, num_choices)
     assert worst_error(values, id_Tk, num_experts, "gelu", backend_device) <= 1e-5
 
 
@@ -219,15 +230,14 @@ def test_plan_is_a_stable_sort():
     assert plan.order_R.tolist() == [1, 5, 6, 0, 3, 7, 2, 4]
     assert plan.inverse_R.tolist() == [3, 0, -1, 4, -1, 1, 2, 5]
     assert plan.offset_E1.tolist() == [0, 3, 3, 6]
-    assert plan.rows_per_expert_E.tolist() == [3, 0, 3]
-    assert {t.dtype for t in vars(plan).values()} == {torch.int32}
+    assert {t.dtype for t in plan} == {torch.int32}
 
 
 def test_plan_with_more_experts_than_a_byte_counts():
     id_Tk = torch.randint(0, 300, (500, 2), generator=torch.Generator().manual_seed(0))
     plan = ops.plan_rows(id_Tk, 300)
     assert plan.order_R.tolist() == id_Tk.view(-1).argsort(stable=True).tolist()
-    assert plan.rows_per_expert_E.tolist() == id_Tk.view(-1).bincount(minlength=300).tolist()
+    assert plan.offset_E1.diff().tolist() == id_Tk.view(-1).bincount(minlength=300).tolist()
 
 
 def combine_case(device):
@@ -305,7 +315,8 @@ def kept_bytes(values, id_Tk, num_experts, backend):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = ops.moe_ffn(*values[:2], plan, *values[2:], activation="gelu", backend=backend)
+        weights = ops.Weights(*values[2:])
+        y = ops.moe_ffn(*values[:2], plan, weights, activation="gelu", backend=backend)
     assert y.grad_fn is not None
     return sum(kept.values())
 
@@ -323,14 +334,13 @@ def test_backward_keeps_x_and_the_preactivation_only(backend_device):
 def test_frozen_experts_cost_no_weight_gradient(needs_weights, products):
     values = draw(32, 16, 24, num_experts=2, num_choices=2)
     plan = ops.plan_rows(experts_of("balanced", 32, 2, 2), 2)
-    rows = {"order_R": plan.order_R, "inverse_R": plan.inverse_R, "offset_E1": plan.offset_E1}
-    parameters = dict(zip(NAMES[2:], values[2:], strict=True))
-    parameters["b_out"] = None  # its share of the gate's gradient would be counted too
-    options = {"function": "gelu", "is_gated": False, "allow_tf32": False, **rows, **parameters}
-    y, z_RF = torch_ffn.forward(*values[:2], **options)
+    # Without b_out, whose share of the gate's gradient would be counted, too.
+    weights = ops.Weights(*values[2:])._replace(b_out=None)
+    given = {"plan": plan, "weights": weights, "activation": ops.ACTIVATIONS["gelu"]}
+    y, z_RF = torch_ffn.forward(*values[:2], **given)
     needs = [True, True, needs_weights, needs_weights, needs_weights, False]
     with FlopCounterMode(display=False) as counter:
-        torch_ffn.backward(y, *values[:2], z_RF=z_RF, needs=needs, **options)
+        torch_ffn.backward(y, *values[:2], z_RF, needs=needs, **given)
     assert counter.get_total_flops() == products * 2 * 64 * 16 * 24
 
 
@@ -355,10 +365,9 @@ def test_ops_keep_the_rules_of_custom_ops(backend_device):
     backend, device = backend_device
     values = copies(draw(12, 8, 16, num_experts=3, num_choices=2), torch.float32, device)
     plan = ops.plan_rows(experts_of("balanced", 12, 3, 2).to(device), 3)
-    rows = (plan.order_R, plan.inverse_R, plan.offset_E1)
     y_RD = torch.randn(24, 8, device=device, requires_grad=True)
     registered, opcheck = torch.ops.moevit, torch.library.opcheck
-    opcheck(registered.moe_ffn, (*values[:2], *rows, *values[2:], "gelu", backend, False))
+    opcheck(registered.moe_ffn, (*values[:2], *plan, *values[2:], "gelu", backend))
     opcheck(registered.combine, (y_RD, values[1], plan.inverse_R, 2, backend))
     opcheck(registered.gather_rows, (values[0], plan.order_R, plan.inverse_R, 2, backend))
 
@@ -369,12 +378,11 @@ def test_triton_path_reads_nothing_on_the_host(monkeypatch):
     monkeypatch.setattr(triton_ffn, "launch", lambda *call: launched.append(call[0]))
     values = [v.float().to("meta") for v in draw(64, 32, 48, num_experts=4, num_choices=2)]
     plan = ops.plan_rows(torch.zeros(64, 2, dtype=torch.int64, device="meta"), 4)
-    rows = {"order_R": plan.order_R, "inverse_R": plan.inverse_R, "offset_E1": plan.offset_E1}
-    parameters = dict(zip(NAMES[2:], values[2:], strict=True))
-    options = {"function": "gelu", "is_gated": False, "allow_tf32": False, **rows, **parameters}
+    weights = ops.Weights(*values[2:])
+    given = {"plan": plan, "weights": weights, "activation": ops.ACTIVATIONS["gelu"]}
     # A meta tensor has no values: reading one is an error.
-    y, z_RF = triton_ffn.forward(*values[:2], **options)
-    grads = triton_ffn.backward(y, *values[:2], z_RF=z_RF, needs=[True] * 6, **options)
+    y, z_RF = triton_ffn.forward(*values[:2], **given)
+    grads = triton_ffn.backward(y, *values[:2], z_RF, needs=[True] * 6, **given)
     assert [g.shape for g in grads] == [v.shape for v in values]
     assert len(launched) == 4 + 9
 
@@ -399,9 +407,9 @@ def test_unknown_backend_is_refused():
 
 
 def test_auto_takes_torch_on_cuda_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "moe_kernels.triton_ffn", None)
+    monkeypatch.setitem(sys.modules, "moe_kernels.triton_seam", None)
     name, reason = ops.resolve_kernels("auto", torch.device("cuda"))
-    assert (name, "triton_ffn" in reason) == ("torch", True)
+    assert (name, "triton_seam" in reason) == ("torch", True)
     with pytest.raises(ImportError):
         ops.resolve_kernels("triton", torch.device("cuda"))
 
@@ -415,4 +423,4 @@ def test_triton_kernels_in_the_interpreter():
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout[-4000:]
     num_passed = int(re.search(r"(\d+) passed", child.stdout)[1])
-    assert num_passed > 60  # that they ran, and were not skipped
+    assert num_passed > 40  # that they ran, and were not skipped

@@ -65,20 +65,15 @@ def test_what_launches_the_triton_kernels_never_waits_for_the_device(monkeypatch
     with WaitCounter() as counter, torch.device("meta"):
         x_TD, weight_Tk = torch.randn(21, DIM), torch.rand(21, CHOICES)
         plan = ops.plan_rows(torch.empty(21, CHOICES, dtype=torch.int64), EXPERTS)
-        rows = {
-            "order_R": plan.order_R,
-            "inverse_R": plan.inverse_R,
-            "offset_E1": plan.offset_E1,
-            "w_in": torch.randn(EXPERTS * HIDDEN, DIM),
-            "b_in": torch.randn(EXPERTS, HIDDEN),
-            "w_out": torch.randn(EXPERTS * DIM, HIDDEN),
-            "b_out": torch.randn(EXPERTS, DIM),
-            "function": "gelu",
-            "is_gated": False,
-            "allow_tf32": False,
-        }
-        y_TD, z_RF = triton_ffn.forward(x_TD, weight_Tk, **rows)
-        triton_ffn.backward(y_TD, x_TD, weight_Tk, z_RF=z_RF, needs=[True] * 6, **rows)
+        weights = ops.Weights(
+            torch.randn(EXPERTS * HIDDEN, DIM),
+            torch.randn(EXPERTS, HIDDEN),
+            torch.randn(EXPERTS * DIM, HIDDEN),
+            torch.randn(EXPERTS, DIM),
+        )
+        given = {"plan": plan, "weights": weights, "activation": ops.ACTIVATIONS["gelu"]}
+        y_TD, z_RF = triton_ffn.forward(x_TD, weight_Tk, **given)
+        triton_ffn.backward(y_TD, x_TD, weight_Tk, z_RF, needs=[True] * 6, **given)
     assert counter.waits == []
     assert len(launched) > 5
 

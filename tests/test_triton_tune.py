@@ -191,7 +191,8 @@ def test_a_sample_is_what_the_layer_computes_with():
     problem = moe_rivals.draw(case, device=torch.device("cpu"), dtype=torch.float32)
     sample = moe_kernels.sample_of(problem)
     plan = ops.plan_rows(problem.expert_id_Tk, 4)
-    assert torch.equal(sample.order_R, plan.order_R)
-    assert (sample.function, sample.is_gated) == ("gelu", True)
-    assert (sample.w_in.shape, sample.w_out.shape) == ((4 * 48, 16), (4 * 16, 24))
+    assert torch.equal(sample.plan.order_R, plan.order_R)
+    assert sample.activation == ("gelu", True)
+    w_in, _, w_out, _ = sample.weights
+    assert (w_in.shape, w_out.shape) == ((4 * 48, 16), (4 * 16, 24))
     assert (sample.z_RF.shape, sample.h_RF.shape) == ((80, 48), (80, 24))
