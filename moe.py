@@ -3,9 +3,9 @@
     x_BLD -> router -> expert ids and weights
           -> rows sorted by expert -> all-to-all -> experts here -> all-to-all -> weighted sum
 
-With ep=1 nothing is exchanged and nothing syncs with the host. Which expert a token goes to is
-routers.py's business, how rows are multiplied is kernels.py's; no collective is called here that
-was not passed in.
+With ep=1 no rows are exchanged and the host never waits. routers/router.py decides which experts a
+token goes to, moe_kernels/ops.py multiplies the rows. This file calls only the collectives that it
+is given.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,51 +21,27 @@ from layers import init
 from layers.modules import Mlp, through
 from moe_kernels import ops
 from options.schema import MoEOptions
+from parallel.collectives import ExpertExchange
 from routers.router import Router, Routing
 
 
-class Exchange(Protocol):
-    """Expert parallelism as this file needs it; see collectives.ExpertExchange."""
-
-    @property
-    def size(self) -> int:
-        """Ranks that share out the experts."""
-
-    @property
-    def rank(self) -> int:
-        """This rank among them."""
-
-    def counts(self, send_Ee: Tensor) -> Tensor:
-        """Return how many rows arrive from each peer for each expert here."""
-
-    def rows(
-        self, x_RD: Tensor, *, send_P: Tensor, receive_P: Tensor, num_rows: int | None = None
-    ) -> Tensor:
-        """Send rows to the peers, in order, and return what arrives; differentiable."""
-
-
 class Experts(nn.Module):
-    """The weights of this rank's experts, stored 2-D so that sharding them needs no padding.
+    """The weights of this rank's e experts: experts rank*e to (rank+1)*e - 1 of the layer.
 
-    w_in [e*F, D] (twice the rows for gated activations), b_in [e, F], w_out [e*D, F], b_out [e, D]
-    (no b_in, b_out without biases), where e is the number of experts on this rank: rows rank*e to
-    (rank+1)*e of the global tensors.
+    w_in [e*F, D] (twice the rows for gated activations), b_in [e, F], w_out [e*D, F], b_out [e, D];
+    without biases there is no b_in and b_out. Megatron-FSDP shards a tensor by whole rows, so an
+    [e, F, D] would split into whole experts only, and few experts over many ranks would need
+    padding. The 2-D tensors split at any row.
     """
 
     def __init__(
-        self,
-        dim: int,
-        options: MoEOptions,
-        *,
-        bias: bool,
-        ep_size: int,
-        ep_rank: int,
+        self, dim: int, options: MoEOptions, *, bias: bool, exchange: ExpertExchange | None
     ) -> None:
         super().__init__()
-        local, hidden_dim = options.num_experts // ep_size, int(dim * options.mlp_ratio)
+        self.ep_size, self.ep_rank = (exchange.size, exchange.rank) if exchange else (1, 0)
+        local, hidden_dim = options.num_experts // self.ep_size, int(dim * options.mlp_ratio)
         rows = hidden_dim * (2 if ops.ACTIVATIONS[options.activation][1] else 1)
         self.activation = options.activation
-        self.ep_size, self.ep_rank = ep_size, ep_rank
         self.num_local = local
         self.w_in = nn.Parameter(torch.empty(local * rows, dim))
         self.b_in = nn.Parameter(torch.empty(local, rows)) if bias else None
@@ -75,13 +50,19 @@ class Experts(nn.Module):
         self.mark()
 
     def mark(self) -> None:
-        """Tell Megatron-FSDP that these are experts: not reduced over `ep`, split over it."""
+        """Tell Megatron-FSDP that these tensors differ between the ranks of `ep`.
+
+        `allreduce = False` puts them on the expert mesh, so that gradients of different experts are
+        not summed. "column" declares that `ep` splits the rows, so that checkpoints and norms see
+        one global tensor. The library reads both from the parameter itself.
+        """
         for parameter in self.parameters(recurse=False):
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter._tensor_parallel_mode = "column"  # type: ignore[attr-defined]
 
     def initial_value(self, name: str, *, seed: int, full_name: str) -> Tensor:
         """Return this rank's slice of the global tensor: N(0, 0.02^2) weights, zero biases."""
+        # Every rank draws the global tensor, so that an expert starts equal whatever `ep` is.
         shape = self.get_parameter(name).shape
         if name.startswith("b_"):
             return torch.zeros(shape)
@@ -93,9 +74,9 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Mixture-of-experts feed-forward of a block: x_BLD -> x_BLD.
 
-    After each forward, `routing` holds the balance loss to add to the training loss and the rows of
-    each expert. A token's output is the sum over its k experts of weight * expert(x), plus the
-    shared expert's output if there is one.
+    A token's output is the sum over its k experts of weight * expert(x), plus the shared expert's
+    output if there is one. After each forward, `routing` holds the balance loss, which the caller
+    adds to the training loss, and the number of rows of each expert.
     """
 
     routing: Routing | None
@@ -109,18 +90,12 @@ class MoE(nn.Module):
         bias: bool = True,
         drop: float = 0.0,
         kernel_backend: str,
-        exchange: Exchange | None = None,
+        exchange: ExpertExchange | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
         self.router = router
-        self.experts = Experts(
-            dim,
-            options,
-            bias=bias,
-            ep_size=1 if exchange is None else exchange.size,
-            ep_rank=0 if exchange is None else exchange.rank,
-        )
+        self.experts = Experts(dim, options, bias=bias, exchange=exchange)
         shared_dim = int(dim * options.shared_ratio)
         self.shared = Mlp(dim, shared_dim, bias=bias) if shared_dim else None
         self.drop = nn.Dropout(drop) if drop > 0 else None
@@ -131,7 +106,7 @@ class MoE(nn.Module):
 
     @contextlib.contextmanager
     def recomputation(self) -> Iterator[None]:
-        """Keep `routing` as the forward left it: it would hold all that was recomputed."""
+        """Keep the first forward's `routing`: a recomputed one would keep its whole graph alive."""
         kept = self.routing
         try:
             yield
@@ -139,7 +114,7 @@ class MoE(nn.Module):
             self.routing = kept
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out what belongs to the last forward: a graph cannot be copied."""
+        """Leave out the last forward's `routing`, whose graph cannot be copied."""
         return {**self.__dict__, "routing": None}
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -169,27 +144,34 @@ class MoE(nn.Module):
             backend=self.kernel_backend,
         )
 
-    def _among_peers(self, x_TD: Tensor, routing: Routing, exchange: Exchange) -> Tensor:
-        """Send each row to the rank of its expert and back; waits once, for the counts."""
+    def _among_peers(self, x_TD: Tensor, routing: Routing, exchange: ExpertExchange) -> Tensor:
+        """Send each row to the rank of its expert and back; the host waits once, for counts."""
+        # Experts are numbered rank by rank, so rows sorted by expert are sorted by peer too.
         size, num_experts = exchange.size, self.router.options.num_experts
         plan = ops.plan_rows(routing.expert_id_Tk, num_experts)
         send_Ee = plan.offset_E1.diff().view(size, num_experts // size)
         receive_Ee = exchange.counts(send_Ee)
+        # all_to_all takes its row counts from the host, and only the host can allocate what arrives.
+        # One copy brings both counts; the way back exchanges the two and so needs no other.
         send_P, receive_P = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).cpu().unbind()
-        # Dropped rows stand last in the plan and stay here.
+        # Dropped rows stand behind all experts' rows: what is sent is a prefix, and they stay here.
         num_choices = routing.weight_Tk.shape[1]
         x_RD = ops.gather_rows(x_TD, plan, num_choices=num_choices, backend=self.kernel_backend)
         x_ND = exchange.rows(x_RD, send_P=send_P, receive_P=receive_P)
+        # What arrives is sorted by peer, then expert: the second plan sorts it by expert, and its
+        # combine, with weights of one, restores the order in which the peers expect their rows.
         one_N1 = routing.weight_Tk.new_ones(x_ND.shape[0], 1)
         y_ND = self._experts(x_ND, one_N1, ops.RowPlan(*_plan_arrived(x_ND, receive_Ee)))
+        # The gate weights are here, and `num_rows` adds zeros for the dropped rows.
         y_RD = exchange.rows(y_ND, send_P=receive_P, receive_P=send_P, num_rows=x_RD.shape[0])
         return ops.combine(y_RD, routing.weight_Tk, plan.inverse_R, backend=self.kernel_backend)
 
 
-# A custom op: a graph could not follow what sorts a number of rows that it does not know.
+# A custom op, because a compiled graph cannot trace a sort over a number of rows that it learns at
+# run time.
 @torch.library.custom_op("moevit::plan_arrived", mutates_args=())
 def _plan_arrived(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fields of the RowPlan of rows that arrived by peer and, within one, by expert."""
+    """Return the RowPlan's fields for rows that arrived sorted by peer, then by expert."""
     num_peers, num_experts = rows_Pe.shape
     local_e = torch.arange(num_experts, device=x_ND.device).repeat(num_peers)
     expert_id_N = local_e.repeat_interleave(rows_Pe.flatten(), output_size=x_ND.shape[0])
@@ -203,14 +185,14 @@ def _plan_arrived_fake(x_ND: Tensor, rows_Pe: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def balance_loss(model: nn.Module) -> Tensor:
-    """Return the sum of the balance losses of the last forward, 0 for a dense model."""
+    """Return the sum of the last forward's balance losses, 0 for a dense model."""
     losses = [routing.balance_loss for routing in routings(model).values()]
-    # A zero of a dense model stays on the host: to copy it to the device would wait.
+    # A dense model's zero stays on the host: a copy to the device would make the host wait.
     return sum(losses[1:], losses[0]) if losses else torch.zeros(())
 
 
 def routings(model: nn.Module) -> dict[str, Routing]:
-    """Return the routing of the last forward, by the layer's name in the ViT."""
+    """Return the last forward's routings by the layer's name in the ViT."""
     return {
         name.removeprefix("module."): module.routing
         for name, module in model.named_modules()
@@ -219,7 +201,7 @@ def routings(model: nn.Module) -> dict[str, Routing]:
 
 
 def expert_load(model: nn.Module) -> dict[str, Tensor]:
-    """Return this rank's rows per expert in the last forward, then the dropped ones, [E+1]."""
+    """Return this rank's rows per expert in the last forward, followed by the dropped, [E+1]."""
     return {
         name: torch.cat([routing.rows_per_expert_E, routing.num_dropped[None]])
         for name, routing in routings(model).items()

@@ -57,7 +57,7 @@ from training.stopping import Stopped, StopSignals, exit_code, leave
 
 @dataclasses.dataclass
 class Meter:
-    """Sums since `started`; the tensors stay on the device until they are asked for."""
+    """Sums since `started`; the tensors stay on the device until they are read."""
 
     loss: Tensor
     balance: Tensor
@@ -69,7 +69,7 @@ class Meter:
 
     @classmethod
     def start(cls, device: torch.device) -> Meter:
-        """Return a meter at zero, its clock running."""
+        """Return a meter at zero with its clock running."""
         zeros = torch.zeros(3, device=device)
         return cls(zeros[0], zeros[1], zeros[2], ExpertLoad(), time.perf_counter())
 
@@ -87,18 +87,21 @@ def to_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -> None:
-    """Make optimizer update number `step` (from 0) and add its figures to `meter`."""
+    """Do optimizer update `step` (from 0) and add its figures to `meter`."""
     o, t = run.config.optimizer, run.config.training
     optim.set_lr(run.optimizer, run.lr_at(step))
     run.optimizer.zero_grad()
-    # Sharding sums gradients over ranks, so the mean over the global batch is taken here.
+    # Sharding sums gradients over ranks and microbatches; this share makes the sum a mean over the
+    # global batch.
     share = 1 / (t.grad_accum_steps * run.world.size)
     for number in range(t.grad_accum_steps):
         asked = time.perf_counter()
         batch = next(batches)
         meter.data_s += time.perf_counter() - asked
         image_BCHW, target = to_device(run, batch)
+        # Dropout and noise are a function of the step, so a resumed run needs no generator's state.
         distributed.seed_step(t.seed, step=step, microbatch=number, rank=run.world.rank)
+        # Ranks exchange gradients in the last microbatch only, once per update.
         with sharding.microbatch(run.model, is_last=number == t.grad_accum_steps - 1):
             with te.fp8_context(run.config.model.te_fp8):
                 logits_BY = run.model(image_BCHW)
@@ -108,6 +111,8 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
         meter.loss += loss.detach()
         meter.balance += balance.detach()
         meter.load.add(run.model)
+    # Clip what is reduced: the norm is that of the global batch's gradient on every rank. The EMA
+    # then averages the weights that the next step starts from.
     sharding.finish_gradients(run.model, run.shards)
     meter.grad_norm += sharding.clip_gradients(run.shards, o.clip_norm)
     sharding.step_optimizer(run.optimizer)
@@ -117,11 +122,11 @@ def train_step(run: Run, batches: Iterator[Batch], *, step: int, meter: Meter) -
 
 
 def validate(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
-    """Return loss, top-1, top-5 and expert load over the validation images, each once. Collective.
+    """Return loss, top-1, top-5 and expert load; each validation image counts once. Collective.
 
     Raises:
         NonFiniteError: On every rank, if the loss is not finite.
-        Stopped: On every rank, if one was asked to stop meanwhile.
+        Stopped: On every rank, if one is asked to stop during validation.
     """
     load = ExpertLoad()
 
@@ -142,7 +147,7 @@ def validate(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
 
 @contextlib.contextmanager
 def averaged_weights(run: Run, ema: Ema) -> Iterator[None]:
-    """Let the model compute with the averaged weights; its own come back at the end."""
+    """Let the model compute with the averaged weights, and restore its own at the end."""
     try:
         with ema.swapped():
             sharding.install_weights(run.model)
@@ -152,7 +157,7 @@ def averaged_weights(run: Run, ema: Ema) -> Iterator[None]:
 
 
 def validate_all(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
-    """Return the figures of `validate`, and of the averaged weights as ema_* if there are any."""
+    """Return the figures of `validate` and, if weights are averaged, theirs as ema_*."""
     figures = validate(run, stop)
     if run.ema is not None:
         with averaged_weights(run, run.ema):
@@ -162,7 +167,7 @@ def validate_all(run: Run, stop: StopSignals | None = None) -> dict[str, float]:
 
 
 def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
-    """Return the figures since the last log line; the one host sync of the interval. Collective.
+    """Return the figures since the last log line; the interval's one host sync. Collective.
 
     Raises:
         NonFiniteError: On every rank, if the loss or the gradient norm is not finite.
@@ -170,15 +175,11 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
     sums_3 = torch.stack([meter.loss, meter.balance, meter.grad_norm])
     dist.all_reduce(sums_3)
     loss, balance, grad_norm = (sums_3 / meter.steps).tolist()
-    train_s = time.perf_counter() - meter.started  # after the sync: all that was queued is done
-    grad_norm /= run.world.size  # every rank has the same norm; the loss shares add up to a mean
+    train_s = time.perf_counter() - meter.started  # after the sync, so all queued work is done
+    grad_norm /= run.world.size  # the ranks' norms are equal; their loss shares sum to the mean
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError(f"non-finite loss={loss} or grad_norm={grad_norm} by step {step}")
     images_per_s = meter.steps * run.global_batch / train_s
-    peak = distributed.peak_tflops(run.world.device, run.config.training.peak_tflops)
-    # The backward pass has two products for each of the forward's; a teacher has only a forward.
-    flops = 3 * run.flops_per_image + run.teacher_flops
-    flops_per_s = flops * images_per_s / run.world.size
     figures = {
         "loss": loss,
         "grad_norm": grad_norm,
@@ -191,18 +192,21 @@ def read_meter(run: Run, meter: Meter, *, step: int) -> dict[str, float]:
     if run.config.model.moe.num_experts:
         figures["balance_loss"] = balance
         figures |= meter.load.figures()
+    peak = distributed.peak_tflops(run.world.device, run.config.training.peak_tflops)
     if peak is not None:
-        figures["mfu_percent"] = 100 * flops_per_s / (peak * 1e12)
+        # Backward does two products for each of the forward's; a teacher runs forward only.
+        flops = 3 * run.flops_per_image + run.teacher_flops
+        figures["mfu_percent"] = 100 * (flops * images_per_s / run.world.size) / (peak * 1e12)
     return figures
 
 
 def fit(
     run: Run, logbook: Logbook, *, start: Start, saver: Saver, stop: StopSignals
 ) -> dict[str, float]:
-    """Run the updates from `start` to the last and save; return the last figures.
+    """Do the updates from `start` to the last, and save; return the last figures.
 
     Raises:
-        Stopped: On every rank, when a rank was asked to stop and the checkpoint is on disk.
+        Stopped: On every rank, once a rank is asked to stop and the checkpoint is on disk.
     """
     t = run.config.training
     batches = loaders.train_batches(run, start_step=start.step)
@@ -218,6 +222,8 @@ def fit(
         saver.poll()
         is_validating = done % t.val_interval == 0 or done == t.steps
         is_saving = done % (t.checkpoint.interval or t.val_interval) == 0 or done == t.steps
+        # All ranks must leave the loop in the same step, or the others hang in a collective. Where
+        # they wait anyway they agree at once; else the answer comes a step later, without a wait.
         is_waiting = is_saving or is_validating or done % t.log_interval == 0
         is_stopping = stop.agreed() if is_waiting else stop.agreed_before()
         if not (is_waiting or is_stopping):
@@ -227,15 +233,15 @@ def fit(
         logbook.show(loss=f"{figures['loss']:.3f}")
         images += meter.steps * run.global_batch
         train_s += meter.steps * figures["step_ms"] / 1000
-        figures["images_per_s"] = images / train_s  # of the whole run, in the checkpoint
+        figures["images_per_s"] = images / train_s  # since `start`, for the checkpoint
         if is_validating and not is_stopping:
-            with contextlib.suppress(Stopped):  # the checkpoint is more urgent than the figures
+            with contextlib.suppress(Stopped):  # when asked to stop, save first
                 val = validate_all(run, stop)
                 figures |= val
                 logbook.metrics("val", step=done, values=val)
         if is_saving:
             saver.save(step=done, figures=figures, is_last=done == t.steps)
-        if stop.agreed():
+        if stop.agreed():  # asked again: validating or saving may have taken minutes
             saver.ensure(step=done, figures=figures)
             name, seconds = stop.describe()
             logbook.event("stopped", step=done, signal=name, saved_after_s=round(seconds, 2))
@@ -245,15 +251,15 @@ def fit(
 
 
 def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> None:
-    """Print the run's last table: how good, how fast, where it is, what to type next."""
+    """Print the run's last table: its accuracy, its speed, its files and a next command."""
     python = shlex.quote(os.path.relpath(sys.executable))
-    averaged = {}
-    if "ema_top1" in figures:
-        averaged = {"top-1, averaged weights": f"{figures['ema_top1']:.2f} %"}
     rows = {
         "top-1": f"{figures['top1']:.2f} % of {figures['val_images']:.0f} validation images",
         "top-5": f"{figures['top5']:.2f} %",
-        **averaged,
+    }
+    if "ema_top1" in figures:
+        rows["top-1, averaged weights"] = f"{figures['ema_top1']:.2f} %"
+    rows |= {
         "validation cross-entropy": f"{figures['val_loss']:.4f}",
         "speed": f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)",
         "checkpoint": str(folder),
@@ -266,7 +272,7 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> No
 
 
 def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> None:
-    """Train from `start` to the last step and print the outcome; only that if all is done."""
+    """Train from `start` to the last step, unless that is done, and print the outcome."""
     saver = Saver(run, logbook, start=start)
     try:
         if start.found is not None and start.step == run.config.training.steps:
@@ -276,7 +282,7 @@ def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> N
         else:
             figures = fit(run, logbook, start=start, saver=saver, stop=stop)
     except NonFiniteError:
-        saver.drain()  # what is being written is of before
+        saver.drain()  # the save in progress predates the error
         raise
     finally:
         saver.close()
@@ -286,10 +292,10 @@ def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> N
 
 
 def train(config: Config, world: World) -> None:
-    """Start or resume the run that `config` describes and train it to its last step.
+    """Start or resume the run that `config` describes, and train it to its last step.
 
     Raises:
-        Stopped: On every rank, if a rank was asked to stop; the run can be resumed.
+        Stopped: On every rank, if a rank is asked to stop; the run can be resumed.
     """
     collectives.require_equal("config", compose.to_yaml(config))
     with StopSignals() as stop:

@@ -2,9 +2,9 @@
 
     image_BCHW -> patch_embed -> + cls, reg, pos -> blocks -> norm -> pool -> head -> logits_BY
 
-Each block's feed-forward comes from a factory, so that dense or mixture-of-experts is decided
-outside. `Block` is the unit that is sharded: its parameters are touched inside Block.forward only.
-Nothing here knows of devices, ranks or config objects. Source: arXiv 2010.11929; timm 1.0.31.
+The caller passes a factory for the blocks' feed-forwards, and so decides which are dense and which
+have experts. Nothing here knows about devices, ranks or the options of a run beyond ViTOptions.
+Source: arXiv 2010.11929; timm 1.0.31.
 """
 
 import math
@@ -21,19 +21,20 @@ from options.schema import ViTOptions
 
 
 class DropPath(timm.layers.DropPath):
-    """Leaves the branch out of some images in training and scales the others' up: x_BLD -> x_BLD.
+    """Drops the branch for random images in training and scales up the rest: x_BLD -> x_BLD.
 
-    Compiled, the rate is a tensor, so that blocks of all rates are one graph; the draws are then
-    not timm's. Source: stochastic depth, arXiv 1603.09382.
+    In a compiled block the rate is a tensor, so that blocks with different rates share one graph;
+    the random draws then differ from timm's. Source: stochastic depth, arXiv 1603.09382.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__(rate)
-        # No buffer: it stays on the host, where kernels take a single value from without a copy.
+        # Not a buffer: it stays on the host, because a kernel takes a 0-d CPU tensor as an argument
+        # without a copy to the device.
         self.keep = torch.tensor(1 - rate, dtype=torch.float32, device="cpu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x with whole images set to zero: x_BLD -> x_BLD."""
+        """Return x with the rows of the dropped images set to zero: x_BLD -> x_BLD."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
         if not self.training:
@@ -43,7 +44,7 @@ class DropPath(timm.layers.DropPath):
 
 
 def drop_path_rates(o: ViTOptions) -> list[float]:
-    """Return one rate of stochastic depth per block, from 0 to drop_path_rate or all the same."""
+    """Return each block's stochastic depth rate: linear from 0 to drop_path_rate, or uniform."""
     if o.drop_path_uniform:
         return [o.drop_path_rate] * o.depth
     return torch.linspace(0, o.drop_path_rate, o.depth, device="cpu").tolist()
@@ -55,7 +56,12 @@ def _require(is_ok: bool, option: str, value: object, problem: str) -> None:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention branch, then x + feed-forward branch."""
+    """Pre-norm transformer block: x + attention branch, then x + feed-forward branch.
+
+    It is the unit of sharding, recomputation and compilation. Megatron-FSDP gathers a block's
+    parameters in a hook before Block.forward and frees them after it, so no code outside of
+    Block.forward may read them.
+    """
 
     def __init__(
         self, o: ViTOptions, *, drop_path: float, ffn: nn.Module | None, backend: str, sdpa: str
@@ -63,18 +69,7 @@ class Block(nn.Module):
         super().__init__()
         is_te, dim = backend == "te", o.embed_dim
         self.norm1 = None if is_te else modules.layer_norm(dim)
-        self.attn = modules.Attention(
-            dim,
-            o.num_heads,
-            qkv_bias=o.qkv_bias,
-            qk_norm=o.qk_norm,
-            scale_norm=o.scale_attn_norm,
-            proj_bias=o.proj_bias,
-            attn_drop=o.attn_drop_rate,
-            proj_drop=o.proj_drop_rate,
-            kernel=sdpa,
-            backend=backend,
-        )
+        self.attn = modules.Attention(o, kernel=sdpa, backend=backend)
         self.ls1 = None if o.init_values is None else modules.LayerScale(dim)
         self.norm2 = None if is_te and ffn is None else modules.layer_norm(dim)
         self.mlp = _dense_mlp(o, backend) if ffn is None else ffn
@@ -84,7 +79,7 @@ class Block(nn.Module):
             te.use_canonical_state_dict(self)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return the block's output: x_BLD -> x_BLD. A norm that is None is inside TE's layer."""
+        """Return the block's output: x_BLD -> x_BLD. If a norm is None, TE's layer contains it."""
         y_BLD = through(self.ls1, self.attn(through(self.norm1, x_BLD)))
         x_BLD = x_BLD + through(self.drop_path, y_BLD)
         y_BLD = through(self.ls2, self.mlp(through(self.norm2, x_BLD)))
@@ -99,7 +94,6 @@ def _dense_mlp(o: ViTOptions, backend: str) -> nn.Module:
         scale_norm=o.scale_mlp_norm,
         drop=o.proj_drop_rate,
         backend=backend,
-        has_norm=backend == "te",
     )
 
 
@@ -107,18 +101,18 @@ class VisionTransformer(nn.Module):
     """Vision Transformer classifier; state_dict() has timm's keys and shapes with either backend.
 
     Args:
-        options: the network; every one and its meaning is in options/schema.py.
-        ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP, whose
-            options the other then sees to itself. A module of it whose tensors are not a plain
-            `weight` and `bias` needs to be an init.HasInitialValue.
-        seed: initial values are a function of it and the parameter's name, on any device.
+        options: the network; options/schema.py says what each option means.
+        ffn: block index -> its feed-forward (x_BLD -> x_BLD), or None for the dense MLP. A
+            feed-forward handles its own bias and dropout. If one of its modules owns tensors other
+            than a plain `weight` and `bias`, that module must be an init.HasInitialValue.
+        seed: with the parameter's name it fixes each initial value, on any device.
         backend: "torch" or "te", see te.resolve_backend.
-        sdpa: the attention kernel of the blocks, "auto" or one of modules.KERNELS; backend torch.
+        sdpa: the blocks' attention kernel, "auto" or one of modules.KERNELS; backend torch only.
 
-    With `distilled_training` set, training returns the logits of both heads apart.
+    If `distilled_training` is set, the model in training returns each head's logits.
 
     Raises:
-        ValueError: an option has a value that cannot work, or no effect beside the others.
+        ValueError: an option has an impossible value, or no effect given the others.
     """
 
     def __init__(
@@ -135,26 +129,12 @@ class VisionTransformer(nn.Module):
         self.options, self.backend = options, backend
         self._build_stem(options)
         self.blocks = nn.ModuleList(
-            Block(
-                options,
-                drop_path=rate,
-                ffn=None if ffn is None else ffn(i),
-                backend=backend,
-                sdpa=sdpa,
-            )
+            Block(options, drop_path=rate, ffn=ffn and ffn(i), backend=backend, sdpa=sdpa)
             for i, rate in enumerate(drop_path_rates(options))
         )
         self._build_top(options)
         self.distilled_training = False
-        scheme = init.Scheme(
-            seed=seed,
-            weight_init=options.weight_init,
-            fix_init=options.fix_init,
-            init_values=options.init_values,
-            num_classes=options.num_classes,
-            sincos_hw=options.grid_hw if options.pos_embed == "sincos" else None,
-        )
-        init.attach(self, scheme, canonical_name=te.canonical_name)
+        init.attach(self, options, seed=seed)
 
     def _build_stem(self, o: ViTOptions) -> None:
         dim = o.embed_dim
@@ -165,7 +145,7 @@ class VisionTransformer(nn.Module):
         self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if o.distilled else None
         self.reg_token = nn.Parameter(torch.empty(1, o.reg_tokens, dim)) if o.reg_tokens else None
         num_pos = math.prod(o.grid_hw) + o.num_pos_prefix
-        # Fixed ones are a parameter too: timm has the name, and checkpoints hold what it was.
+        # A fixed embedding is a parameter too, so that checkpoints contain it under timm's name.
         self.pos_embed = (
             None
             if o.pos_embed == "none"
@@ -231,7 +211,7 @@ class VisionTransformer(nn.Module):
         return through(self.norm_pre, x_BLD)
 
     def pool(self, x_BLD: Tensor) -> Tensor:
-        """Return one vector per image, x_BLD -> x_BD; all tokens, as they are, for pool ""."""
+        """Return one vector per image, x_BLD -> x_BD; for pool "" return all tokens unchanged."""
         kind = self.options.global_pool
         if kind == "":
             return x_BLD
@@ -246,7 +226,7 @@ class VisionTransformer(nn.Module):
         return largest_BD if kind == "max" else 0.5 * (largest_BD + x_BLD.mean(dim=1))
 
     def forward_features(self, image_BCHW: Tensor) -> Tensor:
-        """Return the tokens after the last block, normed unless that comes after the pool."""
+        """Return the last block's tokens, normalised unless the norm follows the pool."""
         x_BLD = self.embed(image_BCHW)
         is_recomputed = self.options.grad_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
@@ -257,7 +237,7 @@ class VisionTransformer(nn.Module):
         return through(self.norm, x_BLD)
 
     def _forward_heads(self, x_BLD: Tensor) -> Tensor:
-        """Return both heads' logits_2BY if they train apart, else their mean logits_BY."""
+        """Return both heads' logits_2BY if each has its own target, else their mean logits_BY."""
         x_B2D = through(self.head_drop, through(self.fc_norm, x_BLD[:, :2]))
         logits_2BY = torch.stack(
             [through(self.head, x_B2D[:, 0]), through(self.head_dist, x_B2D[:, 1])]
@@ -265,7 +245,7 @@ class VisionTransformer(nn.Module):
         return logits_2BY if self.training and self.distilled_training else logits_2BY.mean(0)
 
     def forward_head(self, x_BLD: Tensor) -> Tensor:
-        """Return pooled and classified tokens: x_BLD -> logits_BY."""
+        """Pool the tokens and classify them: x_BLD -> logits_BY."""
         if self.options.distilled:
             return self._forward_heads(x_BLD)
         x_BD = through(self.fc_norm, self.pool(x_BLD))
@@ -274,9 +254,9 @@ class VisionTransformer(nn.Module):
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Return logits: image_BCHW -> logits_BY (x_BD without a head, logits_BLY for pool "").
 
-        With `distilled_training`, in training, the logits_2BY of both heads.
+        In training with `distilled_training`, return the logits_2BY of both heads.
 
         Raises:
-            ValueError: the image has another size or number of channels than configured.
+            ValueError: the image's size or number of channels is not as configured.
         """
         return self.forward_head(self.forward_features(image_BCHW))

@@ -1,21 +1,21 @@
-"""Initial value of every parameter: a pure function of (scheme, full parameter name).
+"""Initial value of every parameter: a pure function of (options, seed, full parameter name).
 
-    attach(model, scheme) -> each module that owns tensors gets `reset_parameters()`
+    attach(model, options, seed) -> each module that owns tensors gets `reset_parameters()`
     reset_parameters() -> generator(seed, full name) -> fp32 draw on the CPU -> the parameter
 
-So the values do not depend on the order of construction, the device, the world size or on
-whether the model was built on the meta device first. No model code here.
+So the values do not depend on the order of construction, the device or the world size, nor on
+whether the model was first built on the meta device. No model code here.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from layers import te
+from options.schema import ViTOptions
 from parallel.seeds import stable_seed
 from parallel.sharding import keep_full_precision
 
@@ -24,36 +24,28 @@ HEADS = ("head.", "head_dist.")
 TRUNCATED_STD = 0.87962566103423978  # std of N(0, 1) cut at 2 sigma
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """What, beside a parameter's name and shape, fixes its initial value."""
-
-    seed: int
-    weight_init: str = ""
-    fix_init: bool = False
-    init_values: float | None = None
-    num_classes: int = 0
-    sincos_hw: tuple[int, int] | None = None  # grid of patches of a fixed position embedding
-
-
 @runtime_checkable
 class HasInitialValue(Protocol):
-    """A module with an init rule of its own, for instance experts held as a local slice.
+    """A module with its own init rule, such as experts held as a local slice.
 
-    It is asked for every parameter and buffer that it owns directly, not for those of its children:
-    a child nn.Linear or norm follows the table of `initial_value` below, by its name.
+    Its rule covers the parameters and buffers that it owns directly, not those of its children: a
+    child nn.Linear or norm follows the table of `initial_value` below, by its name.
     """
 
     def initial_value(self, name: str, *, seed: int, full_name: str) -> Tensor:
         """Return the value of this module's own tensor `name`, on the CPU.
 
-        It must depend on nothing but the arguments and the module's configuration: draw the global
-        tensor from `generator(seed, full_name)` and return the slice that this rank holds.
+        It must depend only on the arguments and the module's configuration: draw the global tensor
+        from `generator(seed, full_name)` and return the slice that this rank holds.
         """
 
 
 def generator(seed: int, full_name: str) -> torch.Generator:
-    """Return the CPU generator that belongs to one parameter."""
+    """Return the CPU generator of one parameter.
+
+    Each parameter has its own, so that a rank can draw any parameter without drawing those before
+    it, and a new layer leaves the others' values as they were.
+    """
     return torch.Generator(device="cpu").manual_seed(stable_seed(seed, "init", full_name))
 
 
@@ -76,7 +68,7 @@ def truncated_normal(shape: torch.Size, std: float, *, rng: torch.Generator) -> 
 
 
 def xavier_uniform(shape: torch.Size, *, rng: torch.Generator, num_stacked: int = 1) -> Tensor:
-    """Return U with variance 2 / (fan_in + fan_out), of `num_stacked` matrices stacked by rows."""
+    """Return U with variance 2 / (fan_in + fan_out) for `num_stacked` matrices stacked by rows."""
     fan_out, fan_in = shape[0] // num_stacked, shape[1]
     return uniform(shape, math.sqrt(6 / (fan_in + fan_out)), rng=rng)
 
@@ -84,9 +76,9 @@ def xavier_uniform(shape: torch.Size, *, rng: torch.Generator, num_stacked: int 
 def sincos_positions(grid_hw: tuple[int, int], shape: torch.Size) -> Tensor:
     """Return the position embedding [1, prefix + h * w, D] of sines and cosines; prefix tokens: 0.
 
-    The patch in row y and column x has [sin(w x), cos(w x), sin(w y), cos(w y)] of D/4 frequencies
-    w, from 1 to 1/10000 in a geometric series. Source: arXiv 2205.01580, after MoCo v3 (arXiv
-    2104.02057), whose series stops one step earlier.
+    The patch in row y and column x gets [sin(w x), cos(w x), sin(w y), cos(w y)] for D/4
+    frequencies w, a geometric series from 1 to 1/10000. Source: arXiv 2205.01580, after MoCo v3
+    (arXiv 2104.02057), whose series stops one step earlier.
     """
     count = shape[2] // 4
     frequency_F = 10_000.0 ** -(
@@ -116,21 +108,21 @@ def _patch_projection(name: str, weight: Tensor, *, is_jax: bool, rng: torch.Gen
     return uniform(weight.shape, fan_in**-0.5, rng=rng)
 
 
-def _linear_weight(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generator) -> Tensor:
-    if scheme.weight_init == "":
+def _linear_weight(name: str, shape: torch.Size, *, o: ViTOptions, rng: torch.Generator) -> Tensor:
+    if o.weight_init == "":
         return normal(shape, 0.02, rng=rng)
-    if scheme.weight_init.startswith("jax") and name.startswith(HEADS):
+    if o.weight_init.startswith("jax") and name.startswith(HEADS):
         return _constant(shape, 0)
-    is_split = scheme.weight_init == "moco" and name.endswith(".qkv.weight")
+    is_split = o.weight_init == "moco" and name.endswith(".qkv.weight")
     return xavier_uniform(shape, rng=rng, num_stacked=3 if is_split else 1)
 
 
-def _linear_bias(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generator) -> Tensor:
-    if not scheme.weight_init.startswith("jax"):
+def _linear_bias(name: str, shape: torch.Size, *, o: ViTOptions, rng: torch.Generator) -> Tensor:
+    if not o.weight_init.startswith("jax"):
         return _constant(shape, 0)
     if name.startswith(HEADS):
-        is_nlhb = scheme.weight_init == "jax_nlhb"
-        return _constant(shape, -math.log(scheme.num_classes) if is_nlhb else 0)
+        is_nlhb = o.weight_init == "jax_nlhb"
+        return _constant(shape, -math.log(o.num_classes) if is_nlhb else 0)
     return normal(shape, 1e-6, rng=rng) if ".mlp." in name else _constant(shape, 0)
 
 
@@ -141,7 +133,9 @@ def _residual_scale(name: str) -> float:
     return 1.0
 
 
-def initial_value(name: str, module: nn.Module, *, local_name: str, scheme: Scheme) -> Tensor:
+def initial_value(
+    name: str, module: nn.Module, *, local_name: str, o: ViTOptions, seed: int
+) -> Tensor:
     """Return the initial value of one tensor of the ViT, fp32, on the CPU.
 
     | parameter                  | weight_init ""       | jax, jax_nlhb            | moco         |
@@ -162,29 +156,28 @@ def initial_value(name: str, module: nn.Module, *, local_name: str, scheme: Sche
     |                            |                      | else 0                   |              |
 
     `fix_init` divides attn.proj.weight and mlp.fc2.weight of block i by sqrt(2 (i + 1)). A module
-    with an `initial_value` method (HasInitialValue) answers for its own tensors, fix_init included.
+    with an `initial_value` method (HasInitialValue) decides alone about its own tensors.
 
-    Source: timm 1.0.31, whose trunc_normal_(std=0.02) cuts at +-2, that is at 100 sigma: a normal.
+    Source: timm 1.0.31, whose trunc_normal_(std=0.02) cuts at +-2, which is 100 sigma: a normal.
 
     Raises:
         TypeError: no rule covers the tensor.
     """
     if isinstance(module, HasInitialValue):
-        return module.initial_value(local_name, seed=scheme.seed, full_name=name)
+        return module.initial_value(local_name, seed=seed, full_name=name)
     tensor = getattr(module, local_name)
     if not isinstance(tensor, nn.Parameter):
         raise TypeError(f"{name}: a buffer needs {type(module).__name__}.initial_value")
-    if name == "pos_embed" and scheme.sincos_hw is not None:
-        return sincos_positions(scheme.sincos_hw, tensor.shape)
-    rng = generator(scheme.seed, name)
+    if name == "pos_embed" and o.pos_embed == "sincos":
+        return sincos_positions(o.grid_hw, tensor.shape)
+    rng = generator(seed, name)
     if name.startswith("patch_embed.proj."):
-        weight = module.get_parameter("weight")  # the bias too is drawn by its fan-in
-        is_jax = scheme.weight_init.startswith("jax")
-        return _patch_projection(name, weight, is_jax=is_jax, rng=rng)
-    return _by_name(name, tensor.shape, scheme=scheme, rng=rng)
+        weight = module.get_parameter("weight")  # its fan-in bounds the bias too
+        return _patch_projection(name, weight, is_jax=o.weight_init.startswith("jax"), rng=rng)
+    return _by_name(name, tensor.shape, o=o, rng=rng)
 
 
-def _by_name(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generator) -> Tensor:
+def _by_name(name: str, shape: torch.Size, *, o: ViTOptions, rng: torch.Generator) -> Tensor:
     owner, _, last = name.rpartition(".")
     if "norm" in owner.rpartition(".")[2]:
         return _constant(shape, 1 if last == "weight" else 0)
@@ -192,52 +185,47 @@ def _by_name(name: str, shape: torch.Size, *, scheme: Scheme, rng: torch.Generat
         return normal(shape, TOKEN_STD[last], rng=rng)
     if last == "latent":
         return truncated_normal(shape, shape[-1] ** -0.5, rng=rng)
-    if last == "gamma" and scheme.init_values is not None:
-        return _constant(shape, scheme.init_values)
+    if last == "gamma" and o.init_values is not None:
+        return _constant(shape, o.init_values)
     if last == "weight" and len(shape) == 2:
-        value = _linear_weight(name, shape, scheme=scheme, rng=rng)
-        return value.div_(_residual_scale(name)) if scheme.fix_init else value
+        value = _linear_weight(name, shape, o=o, rng=rng)
+        return value.div_(_residual_scale(name)) if o.fix_init else value
     if last == "bias" and len(shape) == 1:
-        return _linear_bias(name, shape, scheme=scheme, rng=rng)
+        return _linear_bias(name, shape, o=o, rng=rng)
     raise TypeError(f"{name}: no init rule; the module that owns it needs `initial_value`")
 
 
 @torch.no_grad()
-def fill(module: nn.Module, full_names: dict[str, str], scheme: Scheme) -> None:
-    """Set the tensors that `module` owns directly to their initial values.
+def fill(module: nn.Module, full_names: dict[str, str], o: ViTOptions, seed: int) -> None:
+    """Set the tensors that `module` owns directly to their initial values, on any device but meta.
 
-    Args:
-        module: any module of the model, on any device but meta.
-        full_names: the module's own tensors, local name -> name in the whole model.
-        scheme: what fixes the values; the table of rules is in `initial_value`.
+    `full_names` maps each tensor's local name to its name in the whole model.
     """
     for local_name, full_name in full_names.items():
-        value = initial_value(full_name, module, local_name=local_name, scheme=scheme)
+        value = initial_value(full_name, module, local_name=local_name, o=o, seed=seed)
         target = getattr(module, local_name)
         assert value.shape == target.shape, f"{full_name}: {value.shape} for {target.shape}"
         target.copy_(value)
+        # Megatron-FSDP takes its fp32 main weights from here rather than from the rounded tensor.
         if target.dtype != value.dtype and isinstance(target, nn.Parameter):
             keep_full_precision(target, value)
 
 
-def attach(root: nn.Module, scheme: Scheme, *, canonical_name: Callable[[str], str]) -> None:
-    """Give each module of `root` that owns tensors a `reset_parameters`, and run it unless on meta.
+def attach(root: nn.Module, options: ViTOptions, *, seed: int) -> None:
+    """Give each module of `root` that owns tensors a `reset_parameters`; run it unless on meta.
 
-    `reset_parameters` replaces the method of the same name that the module's class may have. It is
-    bound to its module by `functools.partial`, which `copy.deepcopy` follows: a copy resets itself.
-
-    Args:
-        root: the model; the names are those of its own `named_parameters`.
-        scheme: see Scheme.
-        canonical_name: renames a parameter to the name that fixes its value.
+    It replaces the method of that name that the module's class may have: Megatron-FSDP calls it
+    after it has moved a module off the meta device. It is a `functools.partial` of its module, not
+    a closure, because `copy.deepcopy` copies a partial's arguments: a copy resets itself.
     """
     for prefix, module in root.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if not own:
             continue
         dot = f"{prefix}." if prefix else ""
-        full_names = {name: canonical_name(dot + name) for name, _ in own}
-        reset = functools.partial(fill, module, full_names, scheme)
+        # By the torch backend's names, so that both backends start from the same values.
+        full_names = {name: te.canonical_name(dot + name) for name, _ in own}
+        reset = functools.partial(fill, module, full_names, options, seed)
         module.reset_parameters = reset  # type: ignore[assignment]
         if not any(tensor.is_meta for _, tensor in own):
             reset()

@@ -3,7 +3,7 @@
     x_BLD -> qkv (te: LayerNorm fused in) -> q, k, v BLAK -> fused attention -> proj -> x_BLD
     x_BLD -> fc1 (te: LayerNorm fused in) -> exact GELU -> fc2 -> x_BLD
 
-What TransformerEngine fuses is hidden from everyone else by te.py. No blocks, no model here.
+layers/te.py hides what TransformerEngine fuses from the rest of the code. No blocks or model here.
 """
 
 import contextlib
@@ -15,19 +15,23 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layers import te
+from options.schema import ViTOptions
 
 LAYER_NORM_EPS = 1e-6  # timm's, and what pretrained weights expect; torch's default is 1e-5
 
 
 def _unfilled(meta_module: nn.Module) -> nn.Module:
-    """Move a module built on meta to the default device: init.attach fills it, once."""
+    """Move a module built on meta to the default device, without torch's own initialisation.
+
+    init.attach sets every value later: drawing torch's first would cost time for nothing.
+    """
     return meta_module.to_empty(device=torch.get_default_device())
 
 
 def linear(
     in_dim: int, out_dim: int, *, bias: bool, backend: str = "torch", has_norm: bool = False
 ) -> nn.Module:
-    """Return a linear layer with values not set yet; te: with a LayerNorm before it if `has_norm`.
+    """Return an uninitialised linear layer; with `has_norm`, TE's with a LayerNorm fused before it.
 
     Shapes: [..., in_dim] -> [..., out_dim]
     """
@@ -43,12 +47,12 @@ def linear(
 
 
 def layer_norm(dim: int) -> nn.Module:
-    """Return a LayerNorm over the last dimension, for where TE has nothing to fuse it with."""
+    """Return a LayerNorm over the last dimension, for places where TE has none to fuse."""
     return nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
 
 def through(module: nn.Module | None, x: Tensor) -> Tensor:
-    """Return module(x), or x for a module that the options turn off."""
+    """Return module(x), or x if the options turn the module off."""
     return x if module is None else module(x)
 
 
@@ -73,9 +77,9 @@ KERNELS = {
 
 
 def only(name: str) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which attention runs in kernel `name` or fails; auto: torch's choice.
+    """Return a context in which attention runs in kernel `name` or fails; auto: torch chooses.
 
-    The backward pass uses the kernel of its forward pass, wherever it runs.
+    The backward pass uses its forward pass's kernel, even when it runs outside of the context.
     """
     return contextlib.nullcontext() if name == "auto" else sdpa_kernel(KERNELS[name])
 
@@ -85,11 +89,11 @@ def _works(name: str, shape_BLAK: tuple[int, ...], drop: float, like: torch.Tens
     x_BLAK = like.new_zeros(shape_BLAK).requires_grad_()
     q_BALK = x_BLAK.transpose(1, 2)
     try:
-        # torch warns of the reason why each kernel cannot be used, and then raises.
+        # torch warns why each kernel cannot be used before it raises.
         with warnings.catch_warnings(action="ignore"), only(name):
             y_BALK = functional.scaled_dot_product_attention(q_BALK, q_BALK, q_BALK, dropout_p=drop)
         y_BALK.sum().backward()
-        y_BALK.sum().item()  # what fails on the device is reported when it is waited for
+        y_BALK.sum().item()  # wait: an error on the device surfaces only at a synchronisation
     except RuntimeError:
         return False
     return True
@@ -98,9 +102,9 @@ def _works(name: str, shape_BLAK: tuple[int, ...], drop: float, like: torch.Tens
 def usable_kernels(
     *, device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int, drop: float = 0.0
 ) -> tuple[str, ...]:
-    """Return the kernels that compute attention of this kind on the device, by trying each.
+    """Return the kernels that can compute such attention on the device, by trying each.
 
-    `drop` is the dropout on attention weights, which some kernels do not have.
+    `drop` is the dropout on attention weights, which some kernels do not support.
     """
     like = torch.empty(0, device=device, dtype=dtype)
     shape_BLAK = (2, num_tokens, 2, head_dim)
@@ -108,11 +112,7 @@ def usable_kernels(
 
 
 def check_kernel(name: str, usable: tuple[str, ...], *, where: str) -> None:
-    """Refuse a kernel that does not work; `where` says for what, in the message.
-
-    Raises:
-        ValueError: It is not one of `usable`.
-    """
+    """Raise ValueError unless kernel `name` is usable; `where` completes the message."""
     if name != "auto" and name not in usable:
         raise ValueError(
             f"config model.sdpa={name}: does not work for {where} (use auto, {', '.join(usable)})"
@@ -122,8 +122,8 @@ def check_kernel(name: str, usable: tuple[str, ...], *, where: str) -> None:
 class ScaledDotProduct(nn.Module):
     """Softmax attention without a mask, in fused kernels. Owns no parameters.
 
-    TE's kernels are for 16-bit numbers; elsewhere it would build the L x L softmax in Python, so
-    there torch's are used with either backend, and among them `kernel`, see `only`.
+    TE has fused kernels for 16-bit dtypes only and would build the L x L softmax in Python for
+    others. Those go to torch's kernels with either backend; `kernel` picks one, see `only`.
     """
 
     def __init__(
@@ -149,32 +149,20 @@ class ScaledDotProduct(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with backend te, the LayerNorm before it is part of `qkv`."""
+    """Multi-head self-attention; with backend te, `qkv` contains the LayerNorm before it."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        qkv_bias: bool = True,
-        qk_norm: bool = False,
-        scale_norm: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        kernel: str = "auto",
-        backend: str = "torch",
-    ) -> None:
+    def __init__(self, o: ViTOptions, *, kernel: str = "auto", backend: str = "torch") -> None:
         super().__init__()
-        self.head_shape = (num_heads, dim // num_heads)
-        self.qkv = linear(dim, 3 * dim, bias=qkv_bias, backend=backend, has_norm=backend == "te")
-        self.q_norm = layer_norm(dim // num_heads) if qk_norm else None
-        self.k_norm = layer_norm(dim // num_heads) if qk_norm else None
-        te_core = te.attention_core(*self.head_shape, drop=attn_drop) if backend == "te" else None
-        self.core = ScaledDotProduct(drop=attn_drop, kernel=kernel, te_core=te_core)
-        self.norm = layer_norm(dim) if scale_norm else None
-        self.proj = linear(dim, dim, bias=proj_bias, backend=backend)
-        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else None
+        dim, is_te = o.embed_dim, backend == "te"
+        self.head_shape = (o.num_heads, dim // o.num_heads)
+        self.qkv = linear(dim, 3 * dim, bias=o.qkv_bias, backend=backend, has_norm=is_te)
+        self.q_norm = layer_norm(self.head_shape[1]) if o.qk_norm else None
+        self.k_norm = layer_norm(self.head_shape[1]) if o.qk_norm else None
+        te_core = te.attention_core(*self.head_shape, drop=o.attn_drop_rate) if is_te else None
+        self.core = ScaledDotProduct(drop=o.attn_drop_rate, kernel=kernel, te_core=te_core)
+        self.norm = layer_norm(dim) if o.scale_attn_norm else None
+        self.proj = linear(dim, dim, bias=o.proj_bias, backend=backend)
+        self.proj_drop = nn.Dropout(o.proj_drop_rate) if o.proj_drop_rate > 0 else None
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the attention branch: x_BLD -> x_BLD."""
@@ -186,9 +174,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact-erf GELU between; te: LayerNorm part of fc1 if `has_norm`.
+    """Two linear layers with an exact-erf GELU between; with te, fc1 contains the LayerNorm before.
 
-    TE's LayerNormMLP is not used: its GELU is the tanh approximation, 5e-4 off the erf that timm
+    TE's LayerNormMLP would not do: its GELU is the tanh approximation, 5e-4 off the erf that timm's
     weights were trained with.
     """
 
@@ -201,10 +189,9 @@ class Mlp(nn.Module):
         scale_norm: bool = False,
         drop: float = 0.0,
         backend: str = "torch",
-        has_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.fc1 = linear(dim, hidden_dim, bias=bias, backend=backend, has_norm=has_norm)
+        self.fc1 = linear(dim, hidden_dim, bias=bias, backend=backend, has_norm=backend == "te")
         self.drop1 = nn.Dropout(drop) if drop > 0 else None
         self.norm = layer_norm(hidden_dim) if scale_norm else None
         self.fc2 = linear(hidden_dim, dim, bias=bias, backend=backend)
@@ -217,7 +204,7 @@ class Mlp(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Pools tokens by the attention of one learnt query. Source: arXiv 2106.04560, section 2.2."""
+    """Pools tokens by attention from one learnt query. Source: arXiv 2106.04560, section 2.2."""
 
     def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float) -> None:
         super().__init__()
@@ -239,10 +226,10 @@ class AttentionPool(nn.Module):
 
 
 class PatchProjection(nn.Conv2d):
-    """The patch embedding's convolution, as one matrix product over non-overlapping patches.
+    """The patch embedding's convolution, computed as one matrix product over the patches.
 
-    A Conv2d for its parameters' names and shapes. The product needs one copy of the image and gives
-    tokens in their final layout, where a convolution's output must be transposed.
+    It derives from Conv2d for the names and shapes of the parameters. The product copies the image
+    once and yields tokens in their final layout; a convolution's output would need a transpose.
     """
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
@@ -274,7 +261,7 @@ class PatchEmbed(nn.Module):
         return -(-height_px // self.patch_hw[0]), -(-width_px // self.patch_hw[1])
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Return image_BCHW -> x_BLD; zeros are added below and to the right if `is_padded`."""
+        """Return image_BCHW -> x_BLD; `is_padded` adds zeros below and to the right."""
         height_px, width_px = image_BCHW.shape[2:]
         grid_h, grid_w = self.grid_hw(height_px, width_px)
         add_h, add_w = grid_h * self.patch_hw[0] - height_px, grid_w * self.patch_hw[1] - width_px

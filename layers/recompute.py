@@ -1,4 +1,4 @@
-"""Activation checkpointing: run a block again in backward instead of keeping what it computed."""
+"""Activation checkpointing: run a block again in backward instead of keeping its activations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from layers import te
 
 @runtime_checkable
 class KeepsFromForward(Protocol):
-    """A module that keeps something of its last forward."""
+    """A module that keeps something from its last forward pass."""
 
     def recomputation(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which its forward runs again; it keeps nothing of that one."""
+        """Return a context for running forward again without keeping anything from that run."""
 
 
 @contextlib.contextmanager
@@ -33,12 +33,11 @@ def _recomputation(block: nn.Module) -> Iterator[None]:
 def checkpoint(block: nn.Module, x_BLD: Tensor, *, backend: str) -> Tensor:
     """Return block(x_BLD), keeping only x_BLD for backward and running the block again there.
 
-    TE has a checkpoint of its own: recomputation happens outside of `fp8_context`, and must neither
-    lose fp8 nor record the scaling history twice.
+    TE needs its own checkpoint: recomputation runs outside of `fp8_context`, and must neither lose
+    fp8 nor record the scaling history twice.
     """
-    run = torch.utils.checkpoint.checkpoint
-    if backend == "te":
-        run = te.transformer_engine().checkpoint
+    is_te = backend == "te"
+    run = te.transformer_engine().checkpoint if is_te else torch.utils.checkpoint.checkpoint
     return run(
         block,
         x_BLD,

@@ -1,9 +1,9 @@
-"""TransformerEngine: is it here, what it computes, and the names that its fused layers hide.
+"""TransformerEngine: whether it is usable, its fp8 recipes, and the names of its fused layers.
 
     model.backend -> resolve_backend -> torch | te
     te's parameter names -> canonical_name -> those of the torch backend, timm and checkpoints
 
-The only file that imports transformer_engine, in `transformer_engine()`.
+No other file imports transformer_engine; this one does so in `transformer_engine()`.
 """
 
 import contextlib
@@ -15,17 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-FP8_RECIPES = ("delayed", "current")
-
-
-FP8_MULTIPLE = 16  # cuBLAS fp8 GEMMs want every dimension in multiples of 16
+FP8_MULTIPLE = 16  # cuBLAS's fp8 GEMMs need every dimension to be a multiple of 16
 
 
 def transformer_engine() -> ModuleType:
     """Return `transformer_engine.pytorch`.
 
     Raises:
-        ImportError: it is not installed, or it is broken; the message has the reason.
+        ImportError: it is missing or broken; the message gives the reason.
     """
     try:
         return importlib.import_module("transformer_engine.pytorch")
@@ -37,14 +34,12 @@ def transformer_engine() -> ModuleType:
 
 
 def resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """Return the backend to build for `device`, and the reason for the choice, to be logged.
+    """Return the backend to build for `device`, and the reason for the choice, for the log.
 
     Raises:
-        ValueError: unknown backend, or `te` without CUDA.
-        ImportError: `te` was asked for by name and does not import.
+        ValueError: `te` is named, without CUDA.
+        ImportError: `te` is named and does not import.
     """
-    if backend not in ("auto", "torch", "te"):
-        raise ValueError(f"config model.backend={backend}: must be auto, torch or te")
     if backend == "torch":
         return "torch", "as configured"
     if device.type != "cuda":
@@ -64,17 +59,13 @@ def resolve_backend(backend: str, device: torch.device) -> tuple[str, str]:
 
 
 def fp8_context(recipe_name: str | None) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which TE layers run their matrix products in fp8; None: no change.
+    """Return a context in which TE layers run their matrix products in fp8; None: no change.
 
-    Enter it around the forward pass only. Formats: e4m3 forward, e5m2 for gradients.
-
-    Raises:
-        ValueError: the recipe is not one of FP8_RECIPES.
+    Enter it for the forward pass only: backward follows what its forward did. Numbers are e4m3 in
+    the forward pass, gradients e5m2.
     """
     if recipe_name is None:
         return contextlib.nullcontext()
-    if recipe_name not in FP8_RECIPES:
-        raise ValueError(f"config model.te_fp8={recipe_name}: must be null, delayed or current")
     te = transformer_engine()
     recipes = importlib.import_module("transformer_engine.common.recipe")
     kinds = {"delayed": recipes.DelayedScaling, "current": recipes.Float8CurrentScaling}
@@ -82,11 +73,7 @@ def fp8_context(recipe_name: str | None) -> contextlib.AbstractContextManager[No
 
 
 def check_fp8_shapes(*, embed_dim: int, hidden_dim: int, batch_size: int, num_tokens: int) -> None:
-    """Refuse sizes whose matrix products cannot run in fp8.
-
-    Raises:
-        ValueError: a width, or batch_size * num_tokens, is not a multiple of 16.
-    """
+    """Raise ValueError if a width, or batch_size * num_tokens, is no size for fp8 products."""
     sizes = {
         "model.vit.embed_dim": (embed_dim, embed_dim),
         "model.vit.mlp_ratio": (hidden_dim / embed_dim, hidden_dim),
@@ -101,17 +88,20 @@ def check_fp8_shapes(*, embed_dim: int, hidden_dim: int, batch_size: int, num_to
 
 
 def canonical_name(parameter_name: str) -> str:
-    """Return the name under which the torch backend, timm and checkpoints know a parameter.
+    """Return a parameter's name in the torch backend, in timm and in checkpoints.
 
-    `blocks.0.attn.qkv.layer_norm_weight` -> `blocks.0.norm1.weight`, and fc1 -> norm2 likewise.
-    Any other name is returned as it is.
+    `blocks.0.attn.qkv.layer_norm_weight` -> `blocks.0.norm1.weight`, and fc1 -> norm2 likewise;
+    other names do not change.
     """
+    # TE fuses the LayerNorm into the linear layer behind it, which then owns the norm's parameters.
+    # The lookbehind matches whole path components only: not `super_attn.qkv`.
     name = re.sub(r"(?<![^.])attn\.qkv\.layer_norm_(?=weight$|bias$)", "norm1.", parameter_name)
     return re.sub(r"(?<![^.])mlp\.fc1\.layer_norm_(?=weight$|bias$)", "norm2.", name)
 
 
 def _is_extra_state(name: str) -> bool:
-    return name.endswith("._extra_state")  # TE's fp8 scaling history, rebuilt within steps
+    # TE's fp8 scaling history: a few steps rebuild it, and the torch backend could not load it.
+    return name.endswith("._extra_state")
 
 
 def _rename_saved(
@@ -141,7 +131,7 @@ def _forget_extra_state(module: nn.Module, incompatible_keys: _IncompatibleKeys)
 
 
 def use_canonical_state_dict(block: nn.Module) -> None:
-    """Make state_dict() and load_state_dict() of a TE block use the names of the torch backend."""
+    """Make a TE block's state_dict() and load_state_dict() use the torch backend's names."""
     block.register_state_dict_post_hook(_rename_saved)
     block.register_load_state_dict_pre_hook(_rename_loaded)
     block.register_load_state_dict_post_hook(_forget_extra_state)

@@ -1,9 +1,9 @@
-"""What options must satisfy: each its declaration, together what is here, before anything is built.
+"""Check options before anything is built: each against its declaration, then against the others.
 
     Config -> validate -> Config        ViTOptions -> check_vit        MoEOptions -> check_moe
 
-Every refusal is a ValueError of one line: `config field=value: what is allowed`. What depends on
-the machine, the images or the weights is checked where those are known.
+Every refusal is a ValueError of one line: `config field=value: what is allowed`. Checks that depend
+on the machine, the images or the weights are made where those are known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from options.schema import ROUTERS, Config, MoEOptions, ViTOptions, walk
 
-# The policies that timm reads; it leaves out what it does not understand without a word.
+# The policies that timm reads; it silently ignores parts that it does not understand.
 _RAND = r"rand(-(m|n|inc|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*"
 _AUGMIX = r"augmix(-(m|w|d|b)\d+|-(mstd|a)\d+(\.\d+)?)*"
 _POLICY = r"(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)?"
@@ -24,7 +24,7 @@ AUTO_AUGMENT = re.compile(f"{_RAND}|{_AUGMIX}|{_POLICY}|3aug")
 
 
 def _problem(value: object, metadata: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with one value by its declaration, None if nothing is."""
+    """Return how one value violates its declaration, None if it does not."""
     choices = metadata["choices"]
     if choices is not None and (value not in choices or isinstance(value, bool)):
         names = ("null" if c is None else '""' if c == "" else str(c) for c in choices)
@@ -47,7 +47,7 @@ def _is_size(value: object) -> bool:
 
 
 def check_values(options: object, prefix: str = "") -> None:
-    """Raise ValueError unless every value of a (nested) options dataclass is as declared."""
+    """Raise ValueError unless every value of a (nested) options dataclass fits its declaration."""
     for name, field, value in walk(options, prefix):
         for item in value if isinstance(value, list) else [value]:
             if problem := _problem(item, field.metadata):
@@ -62,20 +62,20 @@ def check_values(options: object, prefix: str = "") -> None:
 
 
 class _Section:
-    """One section of the options, and its name for messages."""
+    """One section of the options, with its name for messages."""
 
     def __init__(self, name: str, values: object) -> None:
         self.name, self.values = name, values
 
     def require(self, is_ok: bool, field: str, allowed: str) -> None:
-        """Raise ValueError about a field of the section unless `is_ok`."""
+        """Raise ValueError about one of the section's fields unless `is_ok`."""
         if not is_ok:
             value = getattr(self.values, field)
             shown = '""' if value == "" else value
             raise ValueError(f"config {self.name}.{field}={shown}: {allowed}")
 
     def refuse_changed(self, *fields: str, why: str) -> None:
-        """Raise ValueError if one of the fields differs from its default, since it does nothing."""
+        """Raise ValueError if one of the fields, which have no effect, was set."""
         default = type(self.values)()
         for field in fields:
             is_default = getattr(self.values, field) == getattr(default, field)
@@ -83,7 +83,7 @@ class _Section:
 
 
 def check_vit(o: ViTOptions) -> None:
-    """Raise ValueError for a network that cannot be built, or an option without effect in it."""
+    """Raise ValueError if the network cannot be built, or one of its options has no effect."""
     check_values(o, "model.vit.")
     vit = _Section("model.vit", o)
     vit.require(o.embed_dim % o.num_heads == 0, "num_heads", f"must divide embed_dim={o.embed_dim}")
@@ -126,7 +126,7 @@ def _check_tokens(o: ViTOptions, vit: _Section) -> None:
 
 
 def check_moe(o: MoEOptions) -> None:
-    """Raise ValueError for a layer of experts that cannot be built, or an option without effect."""
+    """Raise ValueError if the experts cannot be built, or one of their options has no effect."""
     check_values(o, "model.moe.")
     moe, router, goes_everywhere = _Section("model.moe", o), o.router, o.top_k == o.num_experts
     everywhere = f"every token goes to every expert (top_k={o.top_k}): must be 0"
@@ -161,7 +161,7 @@ def check_moe(o: MoEOptions) -> None:
 
 
 def _check_experts(config: Config) -> None:
-    """Check experts beside the network and the mesh that they are part of."""
+    """Check the experts together with the network and the mesh."""
     o, vit_o, ep = config.model.moe, config.model.vit, config.distributed.ep
     moe, vit = _Section("model.moe", o), _Section("model.vit", vit_o)
     mesh = _Section("distributed", config.distributed)
@@ -208,7 +208,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_dataset(config: Config) -> None:
-    """Refuse ways to find and read images that lack something or do nothing."""
+    """Refuse incomplete ways to find and read images, and those without effect."""
     o = config.dataset
     data = _Section("dataset", o)
     if o.path_env is None:
@@ -236,7 +236,7 @@ def peak_lr(config: Config, global_batch: int) -> float:
     """Return the peak learning rate of a run with `global_batch` images per update.
 
     Raises:
-        ValueError: Another learning rate is above it.
+        ValueError: min_lr or warmup_lr exceeds it.
     """
     o = config.optimizer
     peak = o.lr if o.base_batch is None else o.lr * global_batch / o.base_batch
@@ -324,7 +324,7 @@ def _check_training(config: Config) -> None:
 
 
 def _check_distillation(config: Config) -> None:
-    """A teacher and a student with a second head need each other."""
+    """Check that a teacher and a student with a second head come together."""
     o = config.distillation
     distillation = _Section("distillation", o)
     if o.kind == "none":
@@ -339,7 +339,7 @@ def _check_distillation(config: Config) -> None:
 
 
 def _check_init(config: Config) -> None:
-    """Refuse ways to begin that lack something, and settings of others."""
+    """Refuse incomplete ways to initialise, and settings that belong to other ways."""
     o, num_experts = config.init, config.model.moe.num_experts
     init, about_experts = _Section("init", o), ("experts", "gate", "gate_std")
     is_auto = o.mode == "auto" and o.checkpoint is None
@@ -360,7 +360,7 @@ def _check_init(config: Config) -> None:
 
 
 def _resolve_update_freq(config: Config) -> Config:
-    """Return the options with training.update_freq said as grad_accum_steps."""
+    """Return the options with training.update_freq moved to grad_accum_steps, its other name."""
     t = config.training
     if t.update_freq is None:
         return config
@@ -372,9 +372,9 @@ def _resolve_update_freq(config: Config) -> Config:
 
 
 def validate(config: Config) -> Config:
-    """Return `config` if every option is in range and has an effect, else raise ValueError.
+    """Return `config` with aliases resolved, or raise ValueError about an option.
 
-    Options that are another name of one are taken over into that.
+    Every option must be in range and have an effect.
     """
     check_values(config)
     for check in (

@@ -2,7 +2,7 @@
 
     config/<name>.yaml + overrides --Hydra--> DictConfig --compose--> Config --> train.py
 
-Whatever is wrong is a ValueError of one line that names the field, the value and what is allowed.
+Every mistake is a ValueError of one line that names the field, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _thaw(node: DictConfig) -> DictConfig:
 
 
 def _unknown(key: str) -> str:
-    """Say that there is no option `key`, and which near it there are."""
+    """Return a message that there is no option `key`, with names like it."""
     options = [name for name, _, _ in walk(Config())]
     sections = sorted({name.rpartition(".")[0] for name in options} - {""})
     parent = key.rpartition(".")[0]
@@ -55,7 +55,7 @@ def _added(name: str, overrides: list[str]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Say what OmegaConf or Hydra found wrong in one line: field, value, what is allowed."""
+    """Return OmegaConf's or Hydra's complaint in one line: field, value, what is allowed."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -66,10 +66,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_root(config: Config, overrides: list[str]) -> Config:
-    """Return `config`, unless a folder was asked for in vain; a recipe's gives way to path_env."""
+    """Return `config`; refuse a folder on the command line that path_env would replace.
+
+    A recipe may have both: it names a folder for those who set no path_env.
+    """
     path_env = config.dataset.path_env
-    for override in overrides if path_env is not None else ():
-        if override.partition("=")[0] == "dataset.train.root":
+    for override in overrides:
+        if path_env is not None and override.partition("=")[0] == "dataset.train.root":
             raise ValueError(f"config {override}: has no effect with dataset.path_env={path_env}")
     return config
 
@@ -82,23 +85,21 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
         ValueError: An option is unknown, of the wrong type or out of range.
     """
     config_name = config_name.removesuffix(".yaml")
-    if not (config_dir / f"{config_name}.yaml").is_file():
-        names = sorted(path.stem for path in config_dir.glob("*.yaml"))
-        raise FileNotFoundError(
-            f"config {config_dir}/{config_name}.yaml: not found (there are: {', '.join(names)})"
-        )
+    path = config_dir / f"{config_name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(other.stem for other in config_dir.glob("*.yaml")))
+        raise FileNotFoundError(f"config {path}: not found (there are: {names})")
     for override in overrides:
         if override.startswith(("~", "hydra")):
             raise ValueError(
                 f"config {override}: must be name=value of an option of options/schema.py"
             )
-    path = config_dir / f"{config_name}.yaml"
     ConfigStore.instance().store(name="schema", node=_thaw(OmegaConf.structured(Config)))
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir.resolve())):
             composed = hydra_compose(config_name, overrides)
         config = OmegaConf.to_object(composed)
-    except dataclasses.FrozenInstanceError as error:  # what `+key=value` added
+    except dataclasses.FrozenInstanceError as error:  # `+key=value` adds a field
         raise ValueError(_unknown(_added(str(error).split("'")[1], overrides))) from error
     except YAMLError as error:
         raise ValueError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
@@ -110,11 +111,7 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
 
 
 def _parse(override: str) -> DictConfig:
-    """Return the options that `name=value` sets.
-
-    Raises:
-        ValueError: It is not of that form, or gives a whole section one value.
-    """
+    """Return the options that `name=value` sets; refuse one value for a whole section."""
     name, equals, _ = override.partition("=")
     if not equals or not _NAME.fullmatch(name):
         raise ValueError(f"config {override}: must be name=value of an option of options/schema.py")
@@ -133,7 +130,7 @@ def given_options(overrides: list[str]) -> dict[str, object]:
     """Return dotted name -> value of the options that name=value set, alone or as a section.
 
     Raises:
-        ValueError: One is not of that form, or gives a whole section one value.
+        ValueError: An override is not name=value, or gives a whole section one value.
     """
     given = [_parse(override) for override in overrides]
     merged = OmegaConf.merge(*given) if given else OmegaConf.create()
@@ -143,9 +140,9 @@ def given_options(overrides: list[str]) -> dict[str, object]:
 
 
 def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
-    """Return the validated options of `dataclasses.asdict(config)`, as read again from JSON.
+    """Return the validated options of a `dataclasses.asdict(config)` that was read from JSON.
 
-    Options that came later have their defaults; `overrides` are name=value.
+    Options missing there, from before they existed, get their defaults; `overrides` are name=value.
 
     Raises:
         ValueError: An option is unknown, of the wrong type or out of range.
@@ -156,12 +153,12 @@ def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
-    assert isinstance(config, Config), "merged into one"
+    assert isinstance(config, Config), "the structured config is merged first"
     return _check_root(validate(config), overrides)
 
 
 def to_yaml(config: Config) -> str:
-    """Return the options as YAML, in the order of this file."""
+    """Return the options as YAML, in the order of their declarations."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

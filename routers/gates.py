@@ -1,9 +1,9 @@
-"""What a token scores with each expert: the gates, by the names of model.moe.router.
+"""The gates, which score each token with each expert, by the names of model.moe.router.
 
     x_TD -> logits_TE -> noise, in training -> softmax or sigmoid -> Scores
 
-A new router is a class like LinearGate, a line in GATES and one in ROUTERS of options/schema.py:
-docs/moe.md. No choice of experts here.
+A new router is a class like LinearGate, a line in GATES here and one in ROUTERS of
+options/schema.py; see docs/moe.md. routers/router.py chooses the experts.
 """
 
 import torch
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from options.schema import MoEOptions
 from routers.balance import Scores
 
-SMALLEST_SUM = 1e-20  # keeps weights finite where every score of a token underflowed
-LEARNT_NOISE_FLOOR = 0.01  # least standard deviation of noise that a noisy_topk gate can learn
+SMALLEST_SUM = 1e-20  # keeps weights finite if all of a token's scores underflow
+LEARNT_NOISE_FLOOR = 0.01  # smallest noise, as a standard deviation, that noisy_topk can learn
 
 
 def softmax_over_experts(logits_TE: Tensor) -> Tensor:
     """Return the softmax of each token's logits, stored expert by expert.
 
-    A CPU computes neighbours in memory at once: many tokens' numbers of one expert take a tenth of
-    the time of one token's few experts.
+    A CPU vectorises over neighbours in memory. Many tokens' logits for one expert fill its vectors,
+    one token's few logits do not: this layout takes a tenth of the time.
     """
     return logits_TE.T.softmax(0).T
 
 
 def renormalized(weight: Tensor) -> Tensor:
-    """Return `weight` with rows that sum to 1."""
+    """Return `weight` divided by the sum of each row."""
     return weight / (weight.sum(-1, keepdim=True) + SMALLEST_SUM)
 
 
 class _FullPrecisionLinear(torch.autograd.Function):
-    """x @ weight.T in fp32 or better; keeps its inputs for backward, not their fp32 copies.
+    """x @ weight.T in fp32 or better; saves its inputs for backward, not their fp32 copies.
 
-    The result is stored expert by expert, as softmax_over_experts wants it.
+    The result is stored expert by expert, the layout of softmax_over_experts.
     """
 
     @staticmethod
@@ -42,7 +42,7 @@ class _FullPrecisionLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        # Not weight_ED.to(): Megatron-FSDP puts a function of its own there, which breaks a graph.
+        # Not weight_ED.to(): Megatron-FSDP overrides that method, which breaks a compiled graph.
         return (weight_ED.type(dtype) @ x_TD.to(dtype).T).T
 
     @staticmethod
@@ -60,14 +60,14 @@ class _FullPrecisionLinear(torch.autograd.Function):
 
 
 class LearntNoise(nn.Module):
-    """The weight of noisy_topk's noise: a module of its own, for its values start at zero."""
+    """The weight of noisy_topk's noise; a module of its own because its initial value is zero."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def initial_value(self, name: str, *, seed: int, full_name: str) -> Tensor:
-        """Return zeros: every token's noise starts with standard deviation ln 2 + 0.01."""
+        """Return zeros: all noise starts with standard deviation ln 2 + 0.01."""
         del seed, full_name
         return torch.zeros(self.get_parameter(name).shape, device="cpu")
 
@@ -78,18 +78,18 @@ class LearntNoise(nn.Module):
 
 
 class LinearGate(nn.Module):
-    """Scores of one linear map of the token.
+    """Scores from one linear map of the token.
 
-    | router     | noise on the logits, in training            | gate of ranking r       |
+    | router     | noise on the logits, in training            | gate from the ranking   |
     |------------|---------------------------------------------|-------------------------|
     | softmax    | none                                        | softmax over all experts|
     | sigmoid    | none                                        | sigmoid                 |
     | noisy      | noise_std / E                               | softmax over all experts|
     | noisy_topk | softplus(x noise.weight^T) + 0.01           | softmax over all experts|
 
-    Source: noisy: V-MoE, arXiv 2106.05974, section 2; noisy_topk: arXiv 1701.06538, eq. 3 to 5, and
-    a floor under the noise (a softmax over the k chosen logits is the softmax over all of them,
-    renormalised over the chosen).
+    Source: noisy: V-MoE, arXiv 2106.05974, section 2; noisy_topk: arXiv 1701.06538, eq. 3 to 5,
+    with a floor under the noise. (Its softmax over the k chosen logits equals the softmax over all
+    logits, renormalised over the chosen.)
     """
 
     def __init__(self, dim: int, o: MoEOptions) -> None:
@@ -112,7 +112,7 @@ class LinearGate(nn.Module):
         noise_std = self._noise_std(x_TD, logits_TE)
         ranking_TE = logits_TE
         if noise_std is not None:
-            # Drawn token by token, whatever the layout of the logits.
+            # randn_like follows its argument's memory layout: contiguous, tokens draw in order.
             ranking_TE = logits_TE + torch.randn_like(logits_TE.contiguous()) * noise_std
         if not self.is_sigmoid:
             share_TE = softmax_over_experts(ranking_TE)
@@ -121,7 +121,7 @@ class LinearGate(nn.Module):
         return Scores(logits_TE, ranking_TE, gate_TE, renormalized(gate_TE), noise_std)
 
 
-# Whether a router normalises its weights and adds noise: ROUTERS of options/schema.py.
+# ROUTERS of options/schema.py says which of them normalise their weights and add noise.
 GATES: dict[str, type[nn.Module]] = {
     "softmax": LinearGate,
     "sigmoid": LinearGate,

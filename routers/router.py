@@ -1,10 +1,10 @@
-"""Which experts a token goes to, with what weights, and what uneven use of them costs.
+"""Choose each token's experts and their weights, and compute the balance loss.
 
     x_TD -> gate (logits, noise, scores) -> top k -> capacity -> expert_id_Tk, weight_Tk
                          |__ sums over tokens -> sum_over_ranks -> balance_loss
 
-What a gate makes of a token is in gates.py; what follows the scores is the same for all routers.
-No collective and no expert here.
+The gates are in gates.py; all that follows the scores is the same for every router. No collective
+and no expert here.
 """
 
 import math
@@ -24,11 +24,11 @@ from routers.gates import GATES, renormalized
 class Routing:
     """Where the tokens of this rank go.
 
-    expert_id_Tk: int64 in 0..E-1, the token's best expert first; E: dropped for want of capacity.
-    weight_Tk: fp32, differentiable; 0 where dropped. What is left is not renormalised.
-    balance_loss: 0-d, times its coefficients, the same on every rank; 0 in eval. See balance.py.
-    rows_per_expert_E: int64, rows that chose each expert on this rank, dropped ones with them.
-    num_dropped: int64, 0-d, how many of them were dropped.
+    expert_id_Tk: int64 in 0..E-1, the token's best expert first; E: dropped, over capacity.
+    weight_Tk: fp32, differentiable; 0 where dropped, and the others are not renormalised.
+    balance_loss: 0-d, coefficients included, the same on every rank; 0 in eval. See balance.py.
+    rows_per_expert_E: int64, this rank's rows that chose each expert, dropped ones included.
+    num_dropped: int64, 0-d, how many of those rows were dropped.
     """
 
     expert_id_Tk: Tensor
@@ -39,13 +39,16 @@ class Routing:
 
 
 def jittered(x_TD: Tensor, jitter: float) -> Tensor:
-    """Return x times U(1 - jitter, 1 + jitter), drawn per element, in fp32 or better."""
+    """Return x times U(1 - jitter, 1 + jitter), drawn per element, in fp32 or wider."""
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
 
 
 def some_closed(ranking_TE: Tensor, probability: float) -> Tensor:
-    """Return the ranking with each expert behind all open ones with that probability, per token."""
+    """Close each token's experts with `probability`: rank them behind all of its open ones.
+
+    They keep their order there, so a token with fewer than k open experts takes the best closed.
+    """
     is_closed_TE = torch.rand_like(ranking_TE.contiguous()) < probability
     span_T1 = ranking_TE.amax(1, keepdim=True) - ranking_TE.amin(1, keepdim=True) + 1
     return ranking_TE - is_closed_TE * span_T1
@@ -56,14 +59,16 @@ def keep_within_capacity(
 ) -> Tensor:
     """Return which rows fit, [T, k] bool, if no expert takes more than `capacity` of them.
 
-    First come the first choices of all tokens, then the second ones, and so on; within a choice
-    tokens of higher priority come first, then earlier ones. No host sync.
+    All tokens' first choices queue before all second choices, and so on. Within a choice, tokens of
+    higher priority come first, then earlier tokens. The host does not wait.
 
     Source: batch prioritised routing, arXiv 2106.05974, section 4.
     """
     num_tokens, top_k = expert_id_Tk.shape
     order_T = priority_T.argsort(descending=True, stable=True)
     queue_R = expert_id_Tk[order_T].T.reshape(-1)
+    # A stable sort by expert keeps the queue's order within each expert: the distance to the
+    # expert's first row is the row's place in its queue.
     sorted_R, from_R = queue_R.sort(stable=True)
     count_E = count_rows(queue_R, num_experts=num_experts)
     start_E = count_E.cumsum(0) - count_E
@@ -78,25 +83,23 @@ def keep_within_capacity(
 class Router(nn.Module):
     """Send each token to `top_k` of `num_experts` experts; the options are in options/schema.py.
 
-    The gate runs in fp32 whatever the dtype of its input and weight. Noise and jitter are drawn
-    from the global generator, in training only; eval changes no state and computes no loss.
+    The gate computes in fp32 whatever the dtypes of its input and weight. Noise and jitter are
+    drawn from the global generator, in training only; eval changes no state and computes no loss.
 
-    The balance loss is over the tokens of all ranks in this microbatch: see balance.py for the
-    losses, and for what the caller must do with it to get the right gradient. A capacity, and the
-    random draws, are each rank's own.
+    The balance loss covers all ranks' tokens of this microbatch; balance.py explains the losses and
+    what the caller must do for a right gradient. Capacity and random draws are each rank's own.
 
-    What the options do here, where their one line does not say it:
+    Details of some options:
         jitter: keeps an fp32 copy of the gate's input for backward.
-        expert_drop: closed experts are chosen, best first, only where fewer than k are open.
-            Weights stay as they are.
-        capacity_factor: in training, an expert takes at most ceil(capacity_factor * T * k / E) rows
-            of a rank; in eval all of them, where a batch must not decide on an image. See
-            keep_within_capacity; the priority of a token is its best score.
+        expert_drop: see some_closed; weights do not change.
+        capacity_factor: in training, an expert takes at most ceil(capacity_factor * T * k / E) of a
+            rank's rows; see keep_within_capacity. A token's priority is its best score. In eval
+            there is no limit, because an image's result must not depend on the rest of its batch.
         forced_balance: choice j of token t goes to expert (t * k + j) % E.
         sequence_coef: needs `tokens_per_image` in forward.
 
     Raises:
-        ValueError: an option is out of range or has no effect beside the others.
+        ValueError: an option is out of range or has no effect given the others.
     """
 
     def __init__(self, dim: int, options: MoEOptions) -> None:
@@ -108,6 +111,7 @@ class Router(nn.Module):
     def _choose(self, ranking_TE: Tensor) -> Tensor:
         num_tokens, num_experts = ranking_TE.shape
         if not self.options.forced_balance:
+            # The choice has no gradient; the weights, gathered from gate_TE, carry it all.
             ranking_TE = ranking_TE.detach()
             if self.training and self.options.expert_drop:
                 ranking_TE = some_closed(ranking_TE, self.options.expert_drop)
@@ -122,7 +126,7 @@ class Router(nn.Module):
         is_kept_Tk = keep_within_capacity(
             expert_id_Tk, priority_T, num_experts=self.options.num_experts, capacity=capacity
         )
-        # Not `where`: on CUDA that copies the scalar over and waits.
+        # Not `where`: on CUDA it would copy the scalar to the device, and the host would wait.
         is_dropped_Tk = ~is_kept_Tk
         return (
             expert_id_Tk.masked_fill(is_dropped_Tk, self.options.num_experts),
@@ -138,8 +142,7 @@ class Router(nn.Module):
     ) -> Routing:
         """Return where the tokens go.
 
-        `sum_over_ranks` is called once in training if there is a balance loss, on one vector, and
-        not otherwise.
+        Calls `sum_over_ranks` on one vector, in training, if a balance loss is switched on.
         """
         o = self.options
         if self.training and o.jitter:
@@ -149,6 +152,7 @@ class Router(nn.Module):
         score_Tk = scores.gate_TE.gather(1, expert_id_Tk)
         weight_Tk = renormalized(score_Tk) if o.is_normalized else score_Tk
         loss = weight_Tk.new_zeros(())
+        # Before any row is dropped: the loss is about what the router asks for.
         if self.training and o.has_balance_loss:
             loss = balance_loss(
                 scores,
@@ -158,12 +162,12 @@ class Router(nn.Module):
                 tokens_per_image=tokens_per_image,
                 sum_over_ranks=sum_over_ranks,
             )
-        rows_E = count_rows(expert_id_Tk, num_experts=self.options.num_experts)
+        rows_E = count_rows(expert_id_Tk, num_experts=o.num_experts)
         num_dropped = rows_E.new_zeros(())
         if self.training and o.capacity_factor is not None:
             priority_T = score_Tk.detach().amax(1)
             expert_id_Tk, weight_Tk = self._drop(
                 expert_id_Tk, weight_Tk, priority_T, o.capacity_factor
             )
-            num_dropped = (expert_id_Tk == self.options.num_experts).sum()
+            num_dropped = (expert_id_Tk == o.num_experts).sum()
         return Routing(expert_id_Tk, weight_Tk, loss, rows_E, num_dropped)

@@ -735,6 +735,7 @@ def test_no_option_is_dead():
         read |= options_read(inspect.getsource(function))
     # Of the network and the experts, those who build them read `o.name`; schema.py what follows.
     builders = ["vit.py", "moe.py", "options/schema.py", "training/network.py"]
+    builders += ["layers/modules.py", "layers/init.py"]
     builders += [str(p.relative_to(ROOT)) for p in (ROOT / "routers").glob("*.py")]
     built_from = set().union(*(attributes_read(ROOT / name) for name in builders))
     dead = [

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from layers import modules, te
+from options.schema import ViTOptions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -50,18 +51,11 @@ def test_backend_te_by_name_never_falls_back(te_is_missing):
         te.resolve_backend("te", CUDA)
     with pytest.raises(ValueError, match="backend=te: TransformerEngine needs CUDA, device is cpu"):
         te.resolve_backend("te", CPU)
-    with pytest.raises(ValueError, match="backend=cuda: must be auto, torch or te"):
-        te.resolve_backend("cuda", CUDA)
 
 
 def test_fp8_context_without_a_recipe_changes_nothing():
     with te.fp8_context(None):
         assert torch.ones(1).dtype == torch.float32
-
-
-def test_fp8_context_refuses_an_unknown_recipe():
-    with pytest.raises(ValueError, match="te_fp8=mxfp8: must be null, delayed or current"):
-        te.fp8_context("mxfp8")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +99,8 @@ def filled(module):
 
 
 def test_attention_equals_a_loop_over_heads_in_fp64():
-    attention = filled(modules.Attention(12, 3, qk_norm=True, scale_norm=True))
+    options = ViTOptions(embed_dim=12, num_heads=3, qk_norm=True, scale_attn_norm=True)
+    attention = filled(modules.Attention(options))
     x_BLD = torch.randn(2, 5, 12, dtype=torch.float64)
     q, k, v = attention.qkv(x_BLD).split(12, dim=-1)
     heads = []

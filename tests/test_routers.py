@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from layers import init
+from options.schema import ViTOptions
 from parallel import collectives
 from routers import balance
 from routers.router import keep_within_capacity
@@ -545,12 +546,12 @@ class Block(nn.Module):
 @pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco"])
 @each_kind
 def test_meta_init_equals_eager_init_bit_for_bit(kind, weight_init):
-    scheme = init.Scheme(seed=7, weight_init=weight_init)
+    options = ViTOptions(weight_init=weight_init)
     eager = Block(kind)
-    init.attach(eager, scheme, canonical_name=str)
+    init.attach(eager, options, seed=7)
     with torch.device("meta"):
         block = Block(kind)
-    init.attach(block, scheme, canonical_name=str)
+    init.attach(block, options, seed=7)
     for module in block.modules():
         if any(True for _ in module.parameters(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
@@ -562,7 +563,7 @@ def test_meta_init_equals_eager_init_bit_for_bit(kind, weight_init):
 
 def test_initial_values():
     block = Block("noisy_topk")
-    init.attach(block, init.Scheme(seed=7), canonical_name=str)
+    init.attach(block, ViTOptions(), seed=7)
     state = block.state_dict()
     assert state.keys() == {"router.gate.weight", "router.gate.noise.weight"}
     assert 0.01 < state["router.gate.weight"].std() < 0.03

@@ -279,7 +279,7 @@ class TestGpu:
         output, expected = (m.float()(image_BCHW.float()) for m in (ours, plain))
         assert relative_error(output, expected) <= 5e-3  # in tf32 at worst
 
-    @pytest.mark.parametrize("recipe", te.FP8_RECIPES)
+    @pytest.mark.parametrize("recipe", ["delayed", "current"])
     def test_fp8_step_is_finite_and_near_bf16(self, options, recipe):
         ours, plain, image_BCHW = on_gpu(**options)
         label_B = torch.arange(16, device="cuda")

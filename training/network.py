@@ -1,4 +1,4 @@
-"""From options to the network: which blocks have experts, with which kernels and in which dtype.
+"""From options to the network: backend, kernels, dtype, and which blocks have experts.
 
 Config -> VisionTransformer, dense or with experts
 """
@@ -19,6 +19,7 @@ from moe_kernels import ops
 from options import compose
 from options.schema import Config
 from parallel import collectives
+from parallel.collectives import ExpertExchange
 from routers.router import Router
 from vit import VisionTransformer
 from weights import formats
@@ -37,7 +38,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_backend(config: Config, device: torch.device) -> tuple[str, str]:
-    """Return the backend and why it is this one; fp8 needs TransformerEngine."""
+    """Return the backend and the reason for the choice; fp8 needs TransformerEngine."""
     backend, reason = te.resolve_backend(config.model.backend, device)
     if config.model.te_fp8 is not None and backend != "te":
         raise ValueError(
@@ -47,10 +48,10 @@ def pick_backend(config: Config, device: torch.device) -> tuple[str, str]:
 
 
 def block_choices(config: Config, backend: str, device: torch.device) -> dict[str, object]:
-    """Return how blocks of backend torch run in training: attention kernel, compiled or not.
+    """Return how blocks of backend torch run in training, for the log: attention kernel, compiled.
 
     Raises:
-        ValueError: The one that was asked for does not work here, or fp8 does not for these sizes.
+        ValueError: The named kernel does not work here, or fp8 does not work for these sizes.
     """
     vit, name = config.model.vit, config.model.sdpa
     if config.model.te_fp8 is not None:
@@ -66,21 +67,17 @@ def block_choices(config: Config, backend: str, device: torch.device) -> dict[st
         return {}
     dtype = pick_dtype(config.model.dtype, device)
     head_dim, drop = vit.embed_dim // vit.num_heads, vit.attn_drop_rate
-    num_tokens = vit.num_tokens_in_training
+    tokens = vit.num_tokens_in_training
     usable = modules.usable_kernels(
-        device=device, dtype=dtype, head_dim=head_dim, num_tokens=num_tokens, drop=drop
+        device=device, dtype=dtype, head_dim=head_dim, num_tokens=tokens, drop=drop
     )
-    where = f"{dtype} on {device}, {num_tokens} tokens, heads of {head_dim}, dropout {drop:g}"
+    where = f"{dtype} on {device}, {tokens} tokens, heads of {head_dim}, dropout {drop:g}"
     modules.check_kernel(name, usable, where=where)
     return {"sdpa": name, "sdpa_usable": " ".join(usable), "compile": config.model.compile}
 
 
 def check_compile(config: Config, *, backend: str, reason: str, device: torch.device) -> None:
-    """Refuse to compile what cannot be.
-
-    Raises:
-        ValueError: The backend is te, whose layers break graphs, or a compiler is missing.
-    """
+    """Raise ValueError if blocks cannot be compiled: TE's layers break graphs, no compiler."""
     if not config.model.compile:
         return
     if backend == "te":
@@ -88,14 +85,8 @@ def check_compile(config: Config, *, backend: str, reason: str, device: torch.de
     block_compile.check_compiler(device)
 
 
-def compile_model(config: Config, vit: VisionTransformer) -> None:
-    """Compile the blocks in place, if the options say so; after sharding."""
-    if config.model.compile:
-        block_compile.compile_blocks(vit.blocks)
-
-
 def expert_choices(config: Config, device: torch.device) -> dict[str, object]:
-    """Return which kernels compute the experts, and why; nothing for a dense model."""
+    """Return which kernels compute the experts, and why, for the log; empty for a dense model."""
     if not config.model.moe.num_experts:
         return {}
     backend, reason = ops.resolve_kernels(config.model.moe.kernels, device)
@@ -107,15 +98,15 @@ def build_model(
     *,
     backend: str,
     on_meta: bool,
-    exchange: moe.Exchange | None = None,
+    exchange: ExpertExchange | None = None,
     device: torch.device = CPU,
     sdpa: str = "auto",
 ) -> VisionTransformer:
     """Build the ViT, on the meta device or the CPU; its values depend on seed and names alone.
 
-    `exchange` is how experts are shared out among ranks, None for all of them here; `device` is
-    where the model will compute, which decides the expert kernels. `model.sdpa` is for training:
-    `sdpa` is what counts here.
+    `exchange` connects the ranks that hold the experts; None: this rank holds all of them. `device`
+    is where the model will compute, which decides the expert kernels. The attention kernel is
+    `sdpa`, not the option `model.sdpa`, which applies to training only.
     """
     vit, o = config.model.vit, config.model.moe
     blocks = o.expert_blocks(vit.depth)
@@ -142,14 +133,14 @@ def build_model(
 
 
 def flops_per_image(config: Config, *, training: bool = True) -> int:
-    """Return the FLOPs of the forward pass of one image of img_size, for MFU.
+    """Return the FLOPs of one image's forward pass at img_size, for MFU.
 
-    Matrix products only, a multiply and an add being 2; a backward pass costs twice as much again.
-    In training without the patches that `patch_drop_rate` leaves out. Whatever the backend and the
-    mesh, this counts an unsharded model of backend torch, on the meta device.
+    Counts matrix products only, a multiply and an add as 2; a backward pass costs twice the
+    forward. In training, patches that `patch_drop_rate` drops do not count. Whatever the backend
+    and the mesh, the count is that of an unsharded torch model on the meta device.
     """
     o = config.model
-    # A balance loss is summed over ranks, which meta tensors cannot be; it has no matrix product.
+    # A balance loss has no matrix product, and its sum over ranks does not work on meta tensors.
     silent = {name: 0.0 for name in vars(o.moe) if name.endswith("_coef")}
     plain = dataclasses.replace(o, moe=dataclasses.replace(o.moe, **silent))  # type: ignore[arg-type]
     counted = dataclasses.replace(config, model=plain)
@@ -161,7 +152,7 @@ def flops_per_image(config: Config, *, training: bool = True) -> int:
 
 
 def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
-    """Return `source` with the options of a recipe, if it is a model of these names and shapes.
+    """Return `source` with the options of a recipe, if its names and shapes are that model's.
 
     Raises:
         ValueError: It has its own options, or a parameter differs.
@@ -174,9 +165,9 @@ def name_options(source: Source, config_name: str, overrides: list[str]) -> Sour
     problems = []
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
-            # M3ViT's encoder ends with its blocks: a head is for whoever loads the export.
-            is_theirs = isinstance(source.content, MtlFile) and formats.is_top(name)
-            problems += [] if is_theirs else [f"missing {name}"]
+            # M3ViT's encoder ends with its blocks; whoever loads the export adds a head.
+            if not (isinstance(source.content, MtlFile) and formats.is_top(name)):
+                problems.append(f"missing {name}")
         elif name not in expected:
             problems.append(f"unexpected {name}")
         elif expected[name].shape != weights[name].shape:

@@ -1,21 +1,21 @@
-"""From options to the objects of a run: images, model, shards, optimizer, loaders.
+"""From options to the objects of a run: images, model, shards, optimizer, loss.
 
     Config -> ViT on meta -> Megatron-FSDP shards -> optimizer over them -> Run
 
-Everything in training/ may read a whole Config; what lies below takes values or one section of it.
+The files of training/ take a Config or a Run. Those below take values, or the options of their own
+subject: vit.py ViTOptions, moe.py and routers/ MoEOptions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from images import reading
 from images.mixing import Eraser, Mixer
+from layers import compile as block_compile
 from layers import te
 from options import checks
 from options.schema import Config
@@ -29,7 +29,7 @@ from vit import Block
 
 
 def pick_ep(config: Config, world: World) -> int:
-    """Return the ranks that share out the experts; null is as many as experts and ranks allow."""
+    """Return how many ranks share a layer's experts; null: the gcd of the experts and the ranks."""
     d, num_experts = config.distributed, config.model.moe.num_experts
     if d.ep is not None:
         return d.ep
@@ -38,7 +38,7 @@ def pick_ep(config: Config, world: World) -> int:
 
 
 def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimizer:
-    """Return the optimizer over this rank's shards, ready to drive the sharded model."""
+    """Return the optimizer over this rank's shards, wired to the sharded model."""
     o = config.optimizer
     groups = optim.parameter_groups(
         ((shard.name, shard.local) for shard in shards),
@@ -58,24 +58,19 @@ def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimize
     return optimizer
 
 
-def build_ema(config: Config, shards: list[Shard]) -> optim.Ema | None:
-    """Return the average of this rank's shards, or None if it is off."""
-    decay = config.training.ema_decay
-    return None if decay is None else optim.Ema([shard.local for shard in shards], decay=decay)
-
-
 def build_criterion(config: Config) -> Criterion:
-    """Return the loss of logits_BY and labels or mixed targets; it does not look at the images."""
-    t = config.training
-    loss: Callable[..., Tensor] = losses.smoothed_loss
+    """Return the loss of logits_BY and labels or mixed targets; it ignores the images."""
+    t, smooth = config.training, config.training.label_smoothing
+    loss = partial(losses.smoothed_loss, smoothing=smooth)
     if t.loss == "bce":
-        loss = partial(losses.binary_loss, threshold=t.bce_threshold, is_sum=t.bce_sum)
-    smoothed = partial(loss, smoothing=t.label_smoothing)
-    return lambda logits_BY, target, _image_BCHW: smoothed(logits_BY, target)
+        loss = partial(
+            losses.binary_loss, smoothing=smooth, threshold=t.bce_threshold, is_sum=t.bce_sum
+        )
+    return lambda logits_BY, target, _image_BCHW: loss(logits_BY, target)
 
 
 def build_eraser(config: Config, device: torch.device) -> Eraser | None:
-    """Return what erases boxes of training images, or None if it is off."""
+    """Return the random erasing of training images, or None if it is off."""
     train, seed = config.dataset.train, config.training.seed
     if train.reprob == 0:
         return None
@@ -85,7 +80,7 @@ def build_eraser(config: Config, device: torch.device) -> Eraser | None:
 
 
 def build_mixer(config: Config) -> Mixer | None:
-    """Return what mixes training images, or None if it is off."""
+    """Return mixup and CutMix of training images, or None if both are off."""
     train = config.dataset.train
     if not (train.mixup or train.cutmix):
         return None
@@ -102,7 +97,7 @@ def build_mixer(config: Config) -> Mixer | None:
 
 
 def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
-    """Build everything from the options; return it and the choices made, for the log."""
+    """Build the run from the options; return it and the choices made, for the log."""
     backend, reason = network.pick_backend(config, world.device)
     network.check_compile(config, backend=backend, reason=reason, device=world.device)
     dtype = network.pick_dtype(config.model.dtype, world.device)
@@ -111,7 +106,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     meshes = distributed.build_meshes(
         dp_outer=d.dp_outer, dp_shard=d.dp_shard, ep=ep, device=world.device
     )
-    # The library cannot shard nothing from the meta device, and there is then nothing to save.
+    # On meta no rank holds an unsharded model; with "no_shard" the library cannot leave meta.
     vit = network.build_model(
         config,
         backend=backend,
@@ -130,15 +125,17 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         outer_strategy=config.fsdp.outer_dp_sharding_strategy,
         compute_dtype=dtype,
     )
-    network.compile_model(config, vit)
+    if config.model.compile:  # after sharding, whose hooks must stay outside of the graphs
+        block_compile.compile_blocks(vit.blocks)
     shards = sharding.list_shards(model, rename=te.canonical_name)
+    decay = config.training.ema_decay
     run = Run(
         config,
         world,
         model,
         shards,
         optimizer=build_optimizer(config, shards),
-        ema=build_ema(config, shards),
+        ema=None if decay is None else optim.Ema([s.local for s in shards], decay=decay),
         eraser=build_eraser(config, world.device),
         mixer=build_mixer(config),
         train_index=train_index,
@@ -163,11 +160,7 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
 
 
 def data_choices(run: Run) -> dict[str, object]:
-    """Return what an update and an epoch are made of, for the log.
-
-    Raises:
-        ValueError: The options do not fit the images, or the images of an update.
-    """
+    """Return the sizes of an update and an epoch, and how images are read, for the log."""
     return {
         "global_batch": run.global_batch,
         "peak_lr": checks.peak_lr(run.config, run.global_batch),

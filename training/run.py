@@ -1,4 +1,4 @@
-"""The Run: all that the training loop works with, made once by prepare.py."""
+"""The Run: everything that the training loop works with; training/prepare.py makes it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that the loop works with; made once by `prepare`."""
+    """Everything that the training loop works with; `prepare` makes it once."""
 
     config: Config
     world: World
@@ -42,25 +42,22 @@ class Run:
     flops_per_image: int
     criterion: Criterion
     teacher_flops: int = 0  # per image
-    bad_images: set[int] = dataclasses.field(default_factory=set)  # skipped so far, of train_index
+    bad_images: set[int] = dataclasses.field(default_factory=set)  # in train_index, skipped so far
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints and logs live."""
+        """Folder of the checkpoints and logs."""
         return Path(self.config.training.checkpoint.path).expanduser()
 
     @property
     def global_batch(self) -> int:
         """Images per update, over all ranks and microbatches."""
-        return (
-            self.config.dataset.train.batch_size
-            * self.config.training.grad_accum_steps
-            * self.world.size
-        )
+        batch_size = self.config.dataset.train.batch_size
+        return batch_size * self.config.training.grad_accum_steps * self.world.size
 
     @property
     def order(self) -> Order:
-        """In which order the run sees the training images."""
+        """Order in which the run sees the training images."""
         train = self.config.dataset.train
         return Order(
             len(self.train_index.paths),
@@ -70,7 +67,7 @@ class Run:
         )
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of update `step`, from 0."""
+        """Return the learning rate of update `step` (from 0)."""
         o = self.config.optimizer
         if o.schedule_per_epoch:
             epoch_steps = max(1, self.order.epoch_images // self.global_batch)
@@ -86,7 +83,7 @@ class Run:
         )
 
     def tensors(self) -> checkpoint.TensorTree:
-        """Return what a checkpoint holds, on the training memory."""
+        """Return the tensors of a checkpoint; they share the memory that training writes."""
         tensors: dict[str, checkpoint.TensorTree] = {
             "model": sharding.model_state(self.shards),
             "optimizer": sharding.optimizer_state(self.shards, self.optimizer),
