@@ -18,8 +18,8 @@ FORMAT:
                   M3ViT's multi-task training: all experts, no head
     dcp           a checkpoint of the weights alone, from which a training run can start
 
-Files of ours carry the options of their run, so that the number of heads and the routing need not be
-guessed, and the ids of its classes. For a file without options, --config-name and overrides as for
+Files of ours carry the options of their run, so nobody has to guess the number of heads or the
+routing, and the ids of its classes. For a file without options, --config-name and overrides as for
 train.py say what it is; its names and shapes must then be those of that model.
 
 Examples:
