@@ -36,7 +36,7 @@ def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
     Raises:
         OSError: On every rank, if a rank cannot write.
         NonFiniteTensorError: On every rank, if a tensor has NaN or infinities.
-        ValueError: On every rank, if `loss` is not finite or JSON cannot hold a number of `state`.
+        ValueError: On every rank, if `loss` or a number in `state` is not finite.
     """
     target = dcp_writer.make_target(root, state=state, loss=loss)
     plan, source = dcp_writer.make_plan(tensors)
@@ -57,8 +57,8 @@ def find_newest(
 ) -> tuple[Checkpoint | None, dict[Path, str]]:
     """Return the newest complete checkpoint under `root`, and why newer ones are not. Collective.
 
-    With `metric`, "+name" or "-name", it is the one with the highest or lowest figure, or the
-    newest if none has it. Rank 0 alone looks: ranks that looked at a shared folder by themselves
+    With `metric`, "+name" or "-name", it is the one with the highest or lowest figure; the newest
+    if none has the figure. Rank 0 alone looks: ranks that looked at a shared folder by themselves
     could see different ones and resume from different steps.
 
     Raises:

@@ -9,7 +9,6 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
-import checkpoint
 import train
 from tests.support import faults
 from weights import verify
@@ -57,7 +56,9 @@ def test_200_flipped_bits_are_all_found(two):
         path.write_bytes(flipped(whole, bit))
         if not is_refused(folder):
             missed.append((path.name, bit))
-        assert checkpoint._first(two, None)[0].step == (1 if path.name not in missed else 2)
+        assert verify.first_whole(verify.candidates(two))[0].step == (
+            1 if path.name not in missed else 2
+        )
         path.write_bytes(whole)
     assert missed == []
     assert verify.verify(folder).step == 2
@@ -114,7 +115,7 @@ def test_every_file_damaged_in_every_way_is_found(two, kind):
         shutil.copytree(folder, copy)
         DAMAGES[kind](copy / name)
         assert is_refused(copy), name
-        assert checkpoint._first(two, None)[0].folder == folder
+        assert verify.first_whole(verify.candidates(two))[0].folder == folder
         shutil.rmtree(copy)
 
 
