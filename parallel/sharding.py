@@ -124,7 +124,7 @@ def shard_model(
         zero_dp_strategy=strategy_name(strategy),
         outer_dp_sharding_strategy=outer_strategy,
         device=device,
-        # Each unit is then made, sharded and freed in turn: the whole model never exists at once.
+        # Modules are then made and sharded in turn: the whole model never exists at once.
         init_model_with_meta_device=is_meta,
         # Main weights, main gradients, communication. If the last two dtypes differ, the library
         # doubles gradients in groups of one rank.
