@@ -58,6 +58,22 @@ def strategy_name(strategy: str | int) -> str:
     )
 
 
+def _hybrid_options(meshes: Meshes) -> dict[str, object]:
+    """Return what HSDP needs beyond the meshes, nothing without replicas.
+
+    The library wants the group of both axes together ready-made, once for dense parameters and once
+    for experts, which are sharded over other ranks.
+    """
+    if meshes.dp_outer == 1:
+        return {}
+    axes = ("dp_outer", "dp_shard")
+    return {
+        "dp_outer_dim": "dp_outer",
+        "hybrid_fsdp_group": meshes.dense[axes]._flatten().get_group(),
+        "hybrid_fsdp_expt_group": meshes.expert[axes]._flatten().get_group(),
+    }
+
+
 def shard_model(
     model: nn.Module,
     meshes: Meshes,
@@ -89,15 +105,6 @@ def shard_model(
             "config fsdp.zero_dp_strategy=no_shard: cannot start from the meta device (build the "
             "model on the CPU, or use strategy 1, 2 or 3)"
         )
-    hybrid: dict[str, object] = {}
-    if meshes.dp_outer > 1:
-        # HSDP reduces over both axes at once; the library wants that group ready-made, once for
-        # dense parameters and once for experts, whose replicas lie elsewhere.
-        hybrid = {
-            "dp_outer_dim": "dp_outer",
-            "hybrid_fsdp_group": meshes.dense["dp_outer", "dp_shard"]._flatten().get_group(),
-            "hybrid_fsdp_expt_group": meshes.expert["dp_outer", "dp_shard"]._flatten().get_group(),
-        }
     if not is_meta and compute_dtype != torch.float32:
         # Before `model.to` below rounds them.
         for parameter in model.parameters():
@@ -117,7 +124,7 @@ def shard_model(
         zero_dp_strategy=strategy_name(strategy),
         outer_dp_sharding_strategy=outer_strategy,
         device=device,
-        # Each unit is then made, sharded and freed in turn: the whole model never exists at once.
+        # Modules are then made and sharded in turn: the whole model never exists at once.
         init_model_with_meta_device=is_meta,
         # Main weights, main gradients, communication. If the last two dtypes differ, the library
         # doubles gradients in groups of one rank.
@@ -129,7 +136,7 @@ def shard_model(
         # The hook gathers chunk metadata with hundreds of small collectives at each state_dict();
         # `model_state` reuses the metadata made when the model was sharded.
         preproc_state_dict_for_dcp_ckpt=False,
-        **hybrid,
+        **_hybrid_options(meshes),
     )
 
 

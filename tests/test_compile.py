@@ -5,6 +5,7 @@ does but generates no code: the graphs are the same, in a tenth of the time.
 """
 
 import functools
+import importlib
 import shutil
 
 import pytest
@@ -22,7 +23,7 @@ from images.feed import Feed, Tolerance
 from images.mixing import Mixer
 from layers import compile as block_compile
 from layers import modules
-from parallel import collectives, sharding
+from parallel import collectives
 from tests.support.experts import WaitCounter
 from tests.support.networks import build_vit
 from tests.support.runs import digest
@@ -364,7 +365,7 @@ class HostAwareWaitCounter(WaitCounter):
 
 def reads_of_a_step(world, config):
     run, _ = prepare.prepare(config, world)
-    proxy = vars(sharding.importlib.import_module("megatron_fsdp.param_and_grad_buffer"))["torch"]
+    proxy = vars(importlib.import_module("megatron_fsdp.param_and_grad_buffer"))["torch"]
     synchronized = []
     vars(proxy.cuda)["synchronize"] = lambda *_: synchronized.append("cuda.synchronize")
     make_step(run, step=0)

@@ -399,6 +399,7 @@ def exaflops(name):
     return per_image * images_seen(name) / 1e18
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("name", IMAGENET)
 def test_cost_of_a_recipe_is_counted(name):
     assert f"Cost: {exaflops(name):.1f} EFLOPs, " in one_line(name)

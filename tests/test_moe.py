@@ -86,7 +86,10 @@ TOLERANCE = {"adamw": 1e-5, "sgd": 1e-6}
 @pytest.mark.parametrize(
     ("world_size", "mesh", "kind", "accum"),
     [
-        (*case, kind, 1 + (number + (kind == "sgd")) % 2)
+        pytest.param(
+            *(*case, kind, 1 + (number + (kind == "sgd")) % 2),
+            marks=pytest.mark.slow if (case[0], kind) == (4, "adamw") else (),
+        )
         for number, case in enumerate(CASES)
         for kind in TOLERANCE
     ],

@@ -25,6 +25,8 @@ from tests.support.sharded import (
     worst_error,
 )
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
 MESHES = [
     (1, {"strategy": 3}),
     (1, {"strategy": 0}),
@@ -68,7 +70,7 @@ ADAMW_MESHES = [
     ("world_size", "mesh", "kind", "tolerance"),
     [
         *((*mesh, "sgd", 1e-6) for mesh in MESHES),
-        *((*mesh, "adamw", 1e-5) for mesh in ADAMW_MESHES),
+        *(slow(*mesh, "adamw", 1e-5) for mesh in ADAMW_MESHES),
     ],
     ids=str,
 )
@@ -211,7 +213,6 @@ def initial_parts(world, strategy, on_meta, options):
     return parts(shard(world, model, strategy=strategy)[1])
 
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 WIDE = {"embed_dim": 192, "depth": 2, "num_heads": 3}
 
 
