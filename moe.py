@@ -153,7 +153,7 @@ class MoE(nn.Module):
         plan = ops.plan_rows(routing.expert_id_Tk, num_experts)
         send_Ee = plan.rows_per_expert_E.view(size, num_experts // size)
         receive_Ee = exchange.counts(send_Ee)
-        # all_to_all takes its row counts from the host, and only the host can allocate what arrives.
+        # all_to_all takes row counts from the host, and only the host can allocate what arrives.
         # One copy brings both counts; the way back exchanges the two and so needs no other.
         send_P, receive_P = torch.stack([send_Ee.sum(1), receive_Ee.sum(1)]).cpu().unbind()
         # Dropped rows stand behind all experts' rows: what is sent is a prefix, and they stay here.
