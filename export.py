@@ -18,7 +18,7 @@ FORMAT:
                   M3ViT's multi-task training: all experts, no head
     dcp           a checkpoint of the weights alone, from which a training run can start
 
-Files of ours carry the options of their run, so nobody has to guess the number of heads or the
+Our own files carry the options of their run, so nobody has to guess the number of heads or the
 routing, and the ids of its classes. For a file without options, --config-name and overrides as for
 train.py say what it is; its names and shapes must then be those of that model.
 
@@ -47,7 +47,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from options.model_options import ViTOptions
+from options.schema import ViTOptions
 from training.network import name_options
 from training.stopping import EXIT_USER_ERROR, exit_code
 from weights import files as weight_files
