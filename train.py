@@ -48,7 +48,7 @@ from training import (
 from training.expert_load import ExpertLoad
 from training.logbook import Logbook, print_table
 from training.optim import Ema
-from training.resume import Start, note_start, open_folder, open_logbook, resume
+from training.resume import Start, note_start, open_folder, resume
 from training.run import Run
 from training.saver import Saver
 from training.scoring import NonFiniteError
@@ -305,7 +305,7 @@ def train(config: Config, world: World) -> None:
             start = resume(run)
             beginning = pretrained.begin(run) if start.found is None else None
             open_folder(run)
-            logbook = open_logbook(run, start)
+            logbook = Logbook(run.folder, config=config, is_main=world.is_main, step=start.step)
             try:
                 begun = "resumed" if beginning is None else beginning.mode
                 logbook.event("run", **choices, init=begun)

@@ -13,14 +13,14 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from options.schema import TrainDataOptions
 from parallel.seeds import stable_seed
 
 NUMPY_SEEDS = 2**32
-MODES = ("batch", "pair", "elem")
 
 
 class Eraser:
-    """Random erasing: fills up to `count` boxes of an image, with probability `prob`.
+    """Random erasing: fills up to `recount` boxes of an image, with probability `reprob`.
 
     Mode "pixel" fills with noise, "rand" with one random color, "const" with zeros, after
     normalisation. Boxes are the same on every device; noise comes from the device's own generator.
@@ -28,10 +28,8 @@ class Eraser:
     Source: arXiv:1708.04896; timm.data.random_erasing.
     """
 
-    def __init__(
-        self, *, prob: float, mode: str, count: int, device: torch.device, seed: int
-    ) -> None:
-        self.erase = RandomErasing(prob, mode=mode, max_count=count, device=str(device))
+    def __init__(self, o: TrainDataOptions, *, device: torch.device, seed: int) -> None:
+        self.erase = RandomErasing(o.reprob, mode=o.remode, max_count=o.recount, device=str(device))
         self.seed = seed
 
     def __call__(self, image_BCHW: Tensor, position_B: Tensor) -> Tensor:
@@ -66,23 +64,14 @@ class Mixer:
     """
 
     def __init__(
-        self,
-        *,
-        mixup: float,
-        cutmix: float,
-        prob: float,
-        switch_prob: float,
-        mode: str,
-        smoothing: float,
-        num_classes: int,
-        seed: int,
+        self, o: TrainDataOptions, *, smoothing: float, num_classes: int, seed: int
     ) -> None:
         self.mix = Mixup(
-            mixup_alpha=mixup,
-            cutmix_alpha=cutmix,
-            prob=prob,
-            switch_prob=switch_prob,
-            mode=mode,
+            mixup_alpha=o.mixup,
+            cutmix_alpha=o.cutmix,
+            prob=o.mixup_prob,
+            switch_prob=o.mixup_switch_prob,
+            mode=o.mixup_mode,
             label_smoothing=smoothing,
             num_classes=num_classes,
         )

@@ -23,6 +23,7 @@ from images.feed import Feed, Tolerance
 from images.mixing import Mixer
 from layers import compile as block_compile
 from layers import modules
+from options.schema import TrainDataOptions
 from parallel import collectives
 from tests.support.experts import WaitCounter
 from tests.support.networks import build_vit
@@ -410,16 +411,8 @@ def test_mixing_model_and_loss_copy_nothing_between_host_and_device():
     model = build_vit(
         img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5
     ).to("meta")
-    mixer = Mixer(
-        mixup=0.8,
-        cutmix=1.0,
-        prob=1.0,
-        switch_prob=0.5,
-        mode="batch",
-        smoothing=0.1,
-        num_classes=5,
-        seed=0,
-    )
+    o = TrainDataOptions(mixup=0.8, cutmix=1.0)
+    mixer = Mixer(o, smoothing=0.1, num_classes=5, seed=0)
     image_BCHW = torch.empty(4, 3, 16, 16, device="meta")
     label_B = torch.empty(4, dtype=torch.int64, device="meta")
     with WaitCounter() as counter:

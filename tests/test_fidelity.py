@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from timm.models import VisionTransformer
 
 from benchmarks import fidelity
 from options import compose
-from tests.support.networks import build_vit
 from training import loaders, network, optim
 
 CONFIG = "vit_tiny_patch8_64"
@@ -31,7 +31,7 @@ def composed(*overrides):
 
 
 def plain_optimizer(config):
-    model = build_vit(**fidelity.network_options(config))
+    model = VisionTransformer(**fidelity.network_options(config))
     return model, fidelity.plain_optimizer(config, model)
 
 
@@ -43,9 +43,7 @@ def test_both_loops_have_one_learning_rate_at_every_step():
     assert o.warmup_steps, "else the warm-up is not compared"
     for step in range(t.steps):
         schedule.set(step)
-        expected = optim.lr_at(
-            step, peak=o.lr, final=o.min_lr, warmup_steps=o.warmup_steps, num_steps=t.steps
-        )
+        expected = optim.lr_at(step, o, peak=o.lr, num_steps=t.steps)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([expected] * len(rates), rel=1e-12), step
 
@@ -62,9 +60,7 @@ def test_both_loops_decay_the_same_parameters_and_step_alike():
 
     assert decays(optimizer.param_groups) == decays(groups)
     assert set(decays(groups).values()) == {0.0, o.weight_decay}
-    ours = optim.build_optimizer(
-        o.name, groups, betas=tuple(o.betas), eps=o.eps, momentum=o.momentum
-    )
+    ours = optim.build_optimizer(o, groups)
     for name in ("betas", "eps", "amsgrad", "maximize"):
         values = [group[name] for x in (ours, optimizer) for group in x.param_groups]
         assert all(value == values[0] for value in values), name

@@ -10,6 +10,7 @@ import train
 from images.augment import Normaliser
 from images.mixing import Eraser
 from layers import te
+from options.schema import TrainDataOptions
 from parallel import distributed
 from tests.support.runs import digest
 from tests.support.sharded import small_vit, train_plainly, train_sharded, worst_error
@@ -43,7 +44,7 @@ def test_what_is_erased_is_where_it_is_on_a_cpu_and_generators_come_back(cuda_wo
     position_B = torch.arange(32)
     found = {}
     for device in (torch.device("cpu"), cuda_world.device):
-        eraser = Eraser(prob=0.5, mode="pixel", count=2, device=device, seed=3)
+        eraser = Eraser(TrainDataOptions(reprob=0.5, recount=2), device=device, seed=3)
         before = torch.cuda.get_rng_state(cuda_world.device)
         image_BCHW = torch.full((32, 3, 40, 56), 9.0, device=device)
         once = eraser(image_BCHW.clone(), position_B)

@@ -35,6 +35,7 @@ from images.cache import index_images
 from images.feed import Feed, Tolerance
 from images.mixing import Eraser
 from images.reading import ImageReader, decode_rgb, read_header, rgb
+from options.schema import TrainDataOptions
 from tests.support import pictures
 from tests.support.pictures import folder_dataset, write_image
 
@@ -146,7 +147,7 @@ def test_steps_see_the_same_images_at_any_world(root, world):
 
 def erased(loader):
     """What a run's feed yields, with what is done on the device."""
-    eraser = Eraser(prob=0.5, mode="pixel", count=2, device=torch.device("cpu"), seed=5)
+    eraser = Eraser(TrainDataOptions(reprob=0.5, recount=2), device=torch.device("cpu"), seed=5)
     for batch in feed(loader):
         eraser(batch.image_BCHW, batch.position_B)
         yield batch

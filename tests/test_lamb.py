@@ -5,6 +5,7 @@ import torch
 from timm.optim import Lamb as LambOfTimm
 from torch import nn
 
+from options.schema import OptimizerOptions
 from parallel import collectives, sharding
 from tests.support import experts
 from tests.support.sharded import (
@@ -40,11 +41,8 @@ def train_with_timm(model):
 def train_sharded(world, build):
     model, shards = build(world)
     optimizer = optim.build_optimizer(
-        "lamb",
+        OptimizerOptions(name="lamb", eps=1e-6),
         groups_of((s.name, s.local) for s in shards),
-        betas=(0.9, 0.999),
-        eps=1e-6,
-        momentum=0.0,
         sum_over_ranks=collectives.sum_over_ranks,
     )
     sharding.shard_optimizer(optimizer)
@@ -104,8 +102,8 @@ def test_norm_of_experts_is_over_all_of_them_wherever_they_are(
 
 def lamb(parameters, sum_over_ranks=lambda value: value):
     groups = optim.parameter_groups(parameters, weight_decay=DECAY)
-    options = {"betas": (0.9, 0.999), "eps": 1e-6, "momentum": 0.0}
-    optimizer = optim.build_optimizer("lamb", groups, **options, sum_over_ranks=sum_over_ranks)
+    o = OptimizerOptions(name="lamb", eps=1e-6)
+    optimizer = optim.build_optimizer(o, groups, sum_over_ranks=sum_over_ranks)
     optim.set_lr(optimizer, LR)
     return optimizer
 

@@ -17,6 +17,7 @@ from images import augment
 from images.cache import index_images
 from images.reading import ImageReader
 from options import checks, compose
+from options.schema import OptimizerOptions
 from tests.support.pictures import folder_dataset, train_batches
 from training import loaders, losses, optim, prepare
 from weights.sources import Choice, read_source
@@ -99,15 +100,10 @@ EPOCH_STEPS = 7
 
 def ours_at(name, step):
     epochs, warmup, peak, final = SCHEDULES[name]
-    return optim.lr_at(
-        step,
-        peak=peak,
-        final=final,
-        warmup_steps=warmup * EPOCH_STEPS,
-        num_steps=epochs * EPOCH_STEPS,
-        warmup_lr=1e-6,
-        is_cosine_after_warmup=False,
+    o = OptimizerOptions(
+        min_lr=final, warmup_steps=warmup * EPOCH_STEPS, warmup_lr=1e-6, warmup_prefix=False
     )
+    return optim.lr_at(step, o, peak=peak, num_steps=epochs * EPOCH_STEPS)
 
 
 def by_epoch(name, epoch, *, step_in_epoch=3):
@@ -252,12 +248,9 @@ def test_recipe_of_fine_tuning_has_the_published_curve(recipe):
             continue
         found = optim.lr_at(
             round((epoch - 1) * steps / epochs),
+            o,
             peak=checks.peak_lr(config, 512),
-            final=o.min_lr,
-            warmup_steps=o.warmup_steps,
             num_steps=steps,
-            warmup_lr=o.warmup_lr,
-            is_cosine_after_warmup=o.warmup_prefix,
         )
         assert found == pytest.approx(lr, rel=1e-3), epoch
 
@@ -285,23 +278,17 @@ def test_recipe_has_the_published_lr_decay_and_momentum_at_ten_epochs(recipe):
     weight, bias = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(2))
     named = [("head.weight", weight), ("head.bias", bias)]
     optimizer = optim.build_optimizer(
-        o.name,
+        o,
         optim.parameter_groups(named, weight_decay=o.weight_decay, layer_decay=o.layer_decay),
-        betas=(o.betas[0], o.betas[1]),
-        eps=o.eps,
-        momentum=o.momentum,
         sum_over_ranks=lambda value: value,
     )
     for count, (epoch, published) in enumerate(CURVES[curve].items(), start=1):
         first = round(epoch * t.steps / epochs)  # 50046 updates are 20 epochs of 2502.3
         lr = optim.lr_at(
             optim.step_of_epoch(first, epoch_steps=t.steps // epochs),
+            o,
             peak=checks.peak_lr(config, 8 * config.dataset.train.batch_size * t.grad_accum_steps),
-            final=o.min_lr,
-            warmup_steps=o.warmup_steps,
             num_steps=t.steps,
-            warmup_lr=o.warmup_lr,
-            is_cosine_after_warmup=o.warmup_prefix,
         )
         assert lr == pytest.approx(published, rel=1e-3), epoch
         optim.set_lr(optimizer, lr)

@@ -7,6 +7,7 @@ Rank 0 writes; on the other ranks every method does nothing, so the loop has no 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import io
@@ -24,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from options.schema import Config
 
 PACKAGES = (
     "torch",
@@ -54,33 +57,32 @@ def versions() -> dict[str, str]:
     return found
 
 
-def start_wandb(
-    project: str | None, *, mode: str, folder: Path, options: Mapping[str, object]
-) -> _WandbRun | None:
+def start_wandb(config: Config, folder: Path) -> _WandbRun | None:
     """Return a W&B run, or None without a project; a resumed run goes on with its own.
 
     Raises:
         ValueError: A project was asked for and wandb does not import.
     """
-    if project is None:
+    o = config.training.wandb
+    if o.project is None:
         return None
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
-            f"config training.wandb.project={project}: wandb does not import ({error}); "
+            f"config training.wandb.project={o.project}: wandb does not import ({error}); "
             "`pip install wandb`, or set it to null"
         ) from error
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex)
     run: _WandbRun = wandb.init(
-        project=project,
+        project=o.project,
         id=id_file.read_text(),
         resume="allow",
         dir=str(folder),
-        mode=mode,
-        config=dict(options),
+        mode=o.mode,
+        config=dataclasses.asdict(config),
     )
     return run
 
@@ -102,28 +104,16 @@ def say(text: str) -> None:
 class Logbook:
     """Writes a run's log; silent on every rank but 0."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        is_main: bool,
-        step: int,
-        num_steps: int,
-        tensorboard: bool,
-        wandb_project: str | None,
-        wandb_mode: str,
-        options: Mapping[str, object],
-    ) -> None:
+    def __init__(self, folder: Path, *, config: Config, is_main: bool, step: int) -> None:
         self._file = self._board = self._wandb = self._bar = None
         if not is_main:
             return
-        self._wandb = start_wandb(wandb_project, mode=wandb_mode, folder=folder, options=options)
+        o = config.training
+        self._wandb = start_wandb(config, folder)
         self._file = (folder / "log.jsonl").open("a", buffering=1)
-        if tensorboard:
+        if o.tensorboard:
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self._bar = tqdm(
-            total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
-        )
+        self._bar = tqdm(total=o.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
 
     def event(self, name: str, **values: object) -> None:
         """Print one `name key=value ...` line and add it to log.jsonl.

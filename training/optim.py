@@ -13,12 +13,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from options.schema import OptimizerOptions
 from training.lamb import Lamb, SumOverRanks
 
 # Parameters that are positions or tokens, not linear maps; matched by the last part of the name.
 NO_DECAY_NAMES = ("cls_token", "reg_token", "pos_embed", "dist_token")
 BIAS_NAMES = ("bias", "b_in", "b_out")  # experts' biases are 2-D, one row per expert
-OPTIMIZERS = ("adamw", "sgd", "lamb")
 STEM_NAMES = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed", "norm_pre")
 
 
@@ -80,57 +80,38 @@ def parameter_groups(
 
 
 def build_optimizer(
-    name: str,
-    groups: list[ParameterGroup],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    momentum: float,
-    sum_over_ranks: SumOverRanks | None = None,
+    o: OptimizerOptions, groups: list[ParameterGroup], *, sum_over_ranks: SumOverRanks | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer `name` over `groups`, AdamW and SGD in PyTorch's fused form.
+    """Return the optimizer `o.name` over `groups`, AdamW and SGD in PyTorch's fused form.
 
     LAMB needs `sum_over_ranks`, since its norms are those of whole tensors.
-
-    Raises:
-        ValueError: `name` is not one of OPTIMIZERS.
     """
-    settings = [dict(group) for group in groups]
-    if name == "adamw":
-        return torch.optim.AdamW(settings, lr=0.0, betas=betas, eps=eps, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(settings, lr=0.0, momentum=momentum, fused=True)
-    if name == "lamb":
-        assert sum_over_ranks is not None, "norms of a rank's rows would be silently wrong"
-        return Lamb(settings, betas=betas, eps=eps, sum_over_ranks=sum_over_ranks)
-    raise ValueError(f"config optimizer.name={name}: must be one of {', '.join(OPTIMIZERS)}")
+    settings, betas = [dict(group) for group in groups], (o.betas[0], o.betas[1])
+    if o.name == "adamw":
+        return torch.optim.AdamW(settings, lr=0.0, betas=betas, eps=o.eps, fused=True)
+    if o.name == "sgd":
+        return torch.optim.SGD(settings, lr=0.0, momentum=o.momentum, fused=True)
+    assert o.name == "lamb", f"{o.name}: options/schema.py has the names"
+    assert sum_over_ranks is not None, "norms of a rank's rows would be silently wrong"
+    return Lamb(settings, betas=betas, eps=o.eps, sum_over_ranks=sum_over_ranks)
 
 
-def lr_at(
-    step: int,
-    *,
-    peak: float,
-    final: float,
-    warmup_steps: int,
-    num_steps: int,
-    warmup_lr: float | None = None,
-    is_cosine_after_warmup: bool = True,
-) -> float:
+def lr_at(step: int, o: OptimizerOptions, *, peak: float, num_steps: int) -> float:
     """Return the learning rate of update `step` (from 0): linear warm-up, then a cosine.
 
-    Update `warmup_steps` has the peak. Update `num_steps` would reach `final`, so the last update
+    Update `warmup_steps` has the `peak`. Update `num_steps` would reach `min_lr`, so the last one
     is one cosine step above it. The warm-up begins at `warmup_lr`; without one the first update
-    already has peak / warmup_steps. Unless `is_cosine_after_warmup`, the cosine begins at update 0
-    as if there were no warm-up, and is already below the peak when the warm-up ends.
+    already has peak / warmup_steps. Unless `warmup_prefix`, the cosine begins at update 0 as if
+    there were no warm-up, and is already below the peak when the warm-up ends.
     Source: SGDR (arXiv:1608.03983), equation 5, one period; timm's `CosineLRScheduler`.
     """
-    if step < warmup_steps:
-        if warmup_lr is None:
-            return peak * (step + 1) / warmup_steps
-        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
-    start = warmup_steps if is_cosine_after_warmup else 0
+    if step < o.warmup_steps:
+        if o.warmup_lr is None:
+            return peak * (step + 1) / o.warmup_steps
+        return o.warmup_lr + (peak - o.warmup_lr) * step / o.warmup_steps
+    start = o.warmup_steps if o.warmup_prefix else 0
     progress = (step - start) / max(1, num_steps - start)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return o.min_lr + (peak - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def step_of_epoch(step: int, *, epoch_steps: int) -> int:

@@ -46,14 +46,7 @@ def build_optimizer(config: Config, shards: list[Shard]) -> torch.optim.Optimize
         layer_decay=o.layer_decay,
         depth=config.model.vit.depth,
     )
-    optimizer = optim.build_optimizer(
-        o.name,
-        groups,
-        betas=(o.betas[0], o.betas[1]),
-        eps=o.eps,
-        momentum=o.momentum,
-        sum_over_ranks=collectives.sum_over_ranks,
-    )
+    optimizer = optim.build_optimizer(o, groups, sum_over_ranks=collectives.sum_over_ranks)
     sharding.shard_optimizer(optimizer)
     return optimizer
 
@@ -72,28 +65,15 @@ def build_criterion(config: Config) -> Criterion:
 def build_eraser(config: Config, device: torch.device) -> Eraser | None:
     """Return the random erasing of training images, or None if it is off."""
     train, seed = config.dataset.train, config.training.seed
-    if train.reprob == 0:
-        return None
-    return Eraser(
-        prob=train.reprob, mode=train.remode, count=train.recount, device=device, seed=seed
-    )
+    return Eraser(train, device=device, seed=seed) if train.reprob else None
 
 
 def build_mixer(config: Config) -> Mixer | None:
     """Return mixup and CutMix of training images, or None if both are off."""
-    train = config.dataset.train
+    train, t, num_classes = config.dataset.train, config.training, config.model.vit.num_classes
     if not (train.mixup or train.cutmix):
         return None
-    return Mixer(
-        mixup=train.mixup,
-        cutmix=train.cutmix,
-        prob=train.mixup_prob,
-        switch_prob=train.mixup_switch_prob,
-        mode=train.mixup_mode,
-        smoothing=config.training.label_smoothing,
-        num_classes=config.model.vit.num_classes,
-        seed=config.training.seed,
-    )
+    return Mixer(train, smoothing=t.label_smoothing, num_classes=num_classes, seed=t.seed)
 
 
 def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:

@@ -192,21 +192,6 @@ def open_folder(run: Run) -> None:
     dist.barrier()
 
 
-def open_logbook(run: Run, start: Start) -> Logbook:
-    """Return the run's log, which continues the one in its folder."""
-    t = run.config.training
-    return Logbook(
-        run.folder,
-        is_main=run.world.is_main,
-        step=start.step,
-        num_steps=t.steps,
-        tensorboard=t.tensorboard,
-        wandb_project=t.wandb.project,
-        wandb_mode=t.wandb.mode,
-        options=dataclasses.asdict(run.config),
-    )
-
-
 def note_start(logbook: Logbook, start: Start) -> None:
     """Log what was resumed from, with which changes, and what was passed over."""
     for path, reason in start.rejected.items():

@@ -72,15 +72,8 @@ class Run:
         if o.schedule_per_epoch:
             epoch_steps = max(1, self.order.epoch_images // self.global_batch)
             step = optim.step_of_epoch(step, epoch_steps=epoch_steps)
-        return optim.lr_at(
-            step,
-            peak=checks.peak_lr(self.config, self.global_batch),
-            final=o.min_lr,
-            warmup_steps=o.warmup_steps,
-            num_steps=self.config.training.steps,
-            warmup_lr=o.warmup_lr,
-            is_cosine_after_warmup=o.warmup_prefix,
-        )
+        peak = checks.peak_lr(self.config, self.global_batch)
+        return optim.lr_at(step, o, peak=peak, num_steps=self.config.training.steps)
 
     def tensors(self) -> checkpoint.TensorTree:
         """Return the tensors of a checkpoint; they share the memory that training writes."""

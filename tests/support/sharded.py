@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from options.schema import OptimizerOptions
 from parallel import distributed, sharding
 from tests.support.networks import build_vit
 from training import optim
@@ -39,7 +40,7 @@ def make_optimizer(kind: str, named) -> torch.optim.Optimizer:
     assert len(groups) == 2, "the test is about two decay groups"
     # A key's bias has a gradient of exactly zero in exact arithmetic: eps keeps Adam from turning
     # its rounding noise into full updates.
-    optimizer = optim.build_optimizer(kind, groups, betas=(0.9, 0.999), eps=1e-5, momentum=0.9)
+    optimizer = optim.build_optimizer(OptimizerOptions(name=kind, eps=1e-5), groups)
     optim.set_lr(optimizer, 1e-2)
     return optimizer
 
