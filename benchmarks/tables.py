@@ -8,6 +8,8 @@
 A table says which command measured it, when, where and at which commit, or that nothing has been
 measured. Text outside the marks is written by hand. Groups of step_gpu and moe_gpu may come from
 several runs: the newest run of each group counts. Imports no torch.
+
+One idea: each table is a function from results to Markdown.
 """
 
 from __future__ import annotations

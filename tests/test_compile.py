@@ -297,9 +297,8 @@ def test_transformer_engine_is_not_compiled_and_has_its_own_attention(small_run)
     config = small_run("model.compile=true")
     with pytest.raises(ValueError, match=r"model.compile=true: needs model.backend=torch, not te"):
         network.check_compile(config, backend="te", reason="auto: it imports", device=CPU)
-    options = {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32}
     with pytest.raises(ValueError, match=r"model.sdpa=flash: has no effect with backend te"):
-        build_vit(**options, sdpa="flash", backend="te")
+        network.block_choices(small_run("model.sdpa=flash"), "te", CPU)
 
 
 @pytest.mark.parametrize("override", ["model.compile=true", "model.sdpa=math"])
