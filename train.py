@@ -37,7 +37,6 @@ from parallel import collectives, distributed, sharding
 from parallel.distributed import World
 from training import (
     distillation,
-    expert_load,
     loaders,
     optim,
     prepare,
@@ -45,13 +44,12 @@ from training import (
     run_folder,
     scoring,
 )
-from training.expert_load import ExpertLoad
 from training.logbook import Logbook, print_table
 from training.optim import Ema
 from training.resume import Start, note_start, open_folder, resume
 from training.run import Run
 from training.saver import Saver
-from training.scoring import NonFiniteError
+from training.scoring import ExpertLoad, NonFiniteError
 from training.stopping import Stopped, StopSignals, exit_code, leave
 
 
@@ -267,7 +265,7 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> No
         "next": f"{python} -m torch.distributed.checkpoint.format_utils dcp_to_torch "
         f"{shlex.quote(str(folder))} model.pt",
     }
-    rows |= expert_load.summary(dict(figures), num_experts=run.config.model.moe.num_experts)
+    rows |= scoring.load_summary(dict(figures), num_experts=run.config.model.moe.num_experts)
     print_table(f"training is complete: {run.config.training.steps} steps", rows)
 
 

@@ -11,6 +11,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch.nn import functional as F
 
 import train
+from options.schema import DistillationOptions
 from parallel import distributed
 from tests.support.models import relative_error
 from tests.support.networks import build_vit
@@ -113,12 +114,10 @@ def test_loss_of_both_heads_in_closed_form():
         seen.append(image_BCHW)
         return teacher_BY
 
-    criterion = distillation.distilled_criterion(
+    criterion = distillation.distilled(
         lambda logits_BY, target, _: F.cross_entropy(logits_BY, target),
         teacher,
-        kind="hard",
-        alpha=0.3,
-        tau=1.0,
+        DistillationOptions(kind="hard", alpha=0.3),
     )
     pictures = image(4)
     expected = 0.7 * F.cross_entropy(logits_2BY[0], label_B)

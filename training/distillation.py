@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from options import compose
-from options.schema import Config
+from options.schema import Config, DistillationOptions
 from parallel.distributed import World
 from training import losses, network
 from training.run import Criterion, Run
@@ -153,16 +153,14 @@ def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) 
     return teacher
 
 
-def distilled_criterion(
-    criterion: Criterion, teacher: nn.Module, *, kind: str, alpha: float, tau: float
-) -> Criterion:
+def distilled(criterion: Criterion, teacher: nn.Module, o: DistillationOptions) -> Criterion:
     """Return the loss of both heads: the labels' by `criterion`, the teacher's by the second."""
 
     def loss(logits_2BY: Tensor, target: Tensor, image_BCHW: Tensor) -> Tensor:
         from_labels = criterion(logits_2BY[0], target, image_BCHW)
         teacher_BY = teacher(image_BCHW)
-        from_teacher = losses.teacher_loss(logits_2BY[1], teacher_BY, kind=kind, tau=tau)
-        return (1 - alpha) * from_labels + alpha * from_teacher
+        from_teacher = losses.teacher_loss(logits_2BY[1], teacher_BY, kind=o.kind, tau=o.tau)
+        return (1 - o.alpha) * from_labels + o.alpha * from_teacher
 
     return loss
 
@@ -176,5 +174,5 @@ def with_teacher(run: Run) -> Run:
     assert isinstance(student, VisionTransformer), "what prepare.prepare shards"
     student.distilled_training = True
     teacher = build_teacher(run.config, run.world, classes=run.train_index.classes)
-    criterion = distilled_criterion(run.criterion, teacher, kind=d.kind, alpha=d.alpha, tau=d.tau)
+    criterion = distilled(run.criterion, teacher, d)
     return dataclasses.replace(run, criterion=criterion, teacher_flops=teacher.flops_per_image)
