@@ -743,6 +743,7 @@ def test_no_option_is_dead():
         "dataset.train.": ["images/mixing.py"],
         "training.": ["training/logbook.py"],
         "init.": ["weights/upcycling.py"],
+        "distillation.": ["training/distillation.py"],
     }
     for section, files in readers.items():
         attributes = set().union(*(attributes_read(ROOT / name) for name in files))
