@@ -126,6 +126,11 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         check_vit(options)
+        if backend not in ("torch", "te"):
+            raise ValueError(f"config model.backend={backend}: must be torch or te here")
+        if sdpa not in ("auto", *modules.KERNELS):
+            names = ", ".join(modules.KERNELS)
+            raise ValueError(f"config model.sdpa={sdpa}: must be one of auto, {names}")
         self.options, self.backend = options, backend
         self._build_stem(options)
         self.blocks = nn.ModuleList(

@@ -255,6 +255,7 @@ MAP_POOL = 2 * 16 * 48 * 48 + 2 * 48 * 48 + 2 * 16 * 48 + 2 * 48 * 192
         ({"vit": {"patch_drop_rate": 0.4}, "tokens": 17}, False),
         ({"vit": {"distilled": True}, "tokens": 18, "heads": 2}, True),
         ({"moe": GATED, "tokens": 17}, True),
+        ({"moe": GATED | {"kernels": "triton"}, "tokens": 17}, True),
         ({"moe": GATED | {"shared_ratio": 0.5, "z_coef": 0.1, "jitter": 0.1}, "tokens": 17}, True),
         ({"moe": {"num_experts": 4, "router": "sigmoid", "mlp_ratio": 2.0}, "tokens": 17}, True),
     ],

@@ -139,6 +139,18 @@ def test_option_that_cannot_work_is_refused(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "auto"}, "config model.backend=auto: must be torch or te here"),
+        ({"sdpa": "flush"}, "config model.sdpa=flush: must be one of auto, flash, cudnn"),
+    ],
+)
+def test_backend_and_attention_kernel_are_names_that_there_are(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_vit(**SMALL, **options)
+
+
+@pytest.mark.parametrize(
     ("options", "shape", "message"),
     [
         ({}, (1, 3, 40, 32), "img_size=32: got an image of"),

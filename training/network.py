@@ -140,10 +140,11 @@ def flops_per_image(config: Config, *, training: bool = True) -> int:
     and the mesh, the count is that of an unsharded torch model on the meta device.
     """
     o = config.model
-    # A balance loss has no matrix product, and its sum over ranks does not work on meta tensors.
+    # A balance loss has no matrix product, and its sum over ranks does not work on meta tensors;
+    # nor do the Triton kernels.
     silent = {name: 0.0 for name in vars(o.moe) if name.endswith("_coef")}
-    plain = dataclasses.replace(o, moe=dataclasses.replace(o.moe, **silent))  # type: ignore[arg-type]
-    counted = dataclasses.replace(config, model=plain)
+    counted_moe = dataclasses.replace(o.moe, kernels="torch", **silent)  # type: ignore[arg-type]
+    counted = dataclasses.replace(config, model=dataclasses.replace(o, moe=counted_moe))
     model = build_model(counted, backend="torch", on_meta=True).train(training)
     image_1CHW = torch.empty(1, o.vit.in_chans, *o.vit.img_hw, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
