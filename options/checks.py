@@ -25,6 +25,8 @@ AUTO_AUGMENT = re.compile(f"{_RAND}|{_AUGMIX}|{_POLICY}|3aug")
 
 def _problem(value: object, metadata: Mapping[str, Any]) -> str | None:
     """Return how one value violates its declaration, None if it does not."""
+    if isinstance(value, list | dict):
+        return "must be a list of single values"
     choices = metadata["choices"]
     if choices is not None and (value not in choices or isinstance(value, bool)):
         names = ("null" if c is None else '""' if c == "" else str(c) for c in choices)
@@ -55,7 +57,8 @@ def check_values(options: object, prefix: str = "") -> None:
         length = field.metadata["length"]
         if length is not None and len(value) != length:
             raise ValueError(f"config {name}={value}: must have {length} values")
-        if field.metadata["is_size"] and value is not None and not _is_size(value):
+        can_be_null = value is None and field.default is None
+        if field.metadata["is_size"] and not can_be_null and not _is_size(value):
             raise ValueError(
                 f"config {name}={value}: must be a positive number of pixels or [height, width]"
             )

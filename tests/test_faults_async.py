@@ -246,11 +246,11 @@ def test_the_worker_is_not_a_fork(ranks, tmp_path):
         saver = AsyncSaver(timeout_s=60)
         try:
             saver.prepare(faults.tensors(1.0))
-            return saver.worker.process.args[1:3]
+            return saver.worker.process.args[1:4]
         finally:
             saver.close()
 
-    assert ranks(1, command) == [["-m", "weights.background"]]
+    assert ranks(1, command) == [["-P", "-m", "weights.background"]]
 
 
 def with_a_full_disk(world, root):
@@ -279,3 +279,22 @@ def test_a_full_disk_is_noticed_and_the_next_save_is_whole(ranks, tmp_path):
         assert isinstance(done, Committed)
         assert verify.verify(done.folder).step == 2
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_worker_takes_no_module_from_the_working_folder(ranks, tmp_path, monkeypatch):
+    """`python -m` looks there first, and `weights` is a common name."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def save(world):
+        saver, content = AsyncSaver(timeout_s=60), faults.tensors(1.0)
+        try:
+            saver.prepare(content)
+            begin(saver, tmp_path / "run", content)
+            return isinstance(saver.drain(), Committed)
+        finally:
+            saver.close()
+
+    (tmp_path / "run").mkdir()
+    assert ranks(1, save) == [True]

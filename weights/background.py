@@ -155,8 +155,9 @@ class Worker:
         self._connection, theirs = Pipe()
         arguments = [str(theirs.fileno()), str(self._descriptor), str(self.num_bytes)]
         # As a module: run by its path, it would not find the other modules of this repo.
+        # -P: a module of the working folder must not be taken for one of ours.
         self.process = subprocess.Popen(  # noqa: S603  # this very module
-            [sys.executable, "-m", "weights.background", *arguments],
+            [sys.executable, "-P", "-m", "weights.background", *arguments],
             env=module_environment(),
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), self._descriptor),
