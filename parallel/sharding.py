@@ -28,7 +28,14 @@ with warnings.catch_warnings():
     # "Transformer Engine and Apex are not installed": layers/te.py decides on the former itself.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
     from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model, fully_shard_optimizer
+    from megatron_fsdp.distributed_data_parallel_config import DistributedDataParallelConfig
     from megatron_fsdp.megatron_fsdp import MegatronFSDP
+    from megatron_fsdp.param_and_grad_buffer import (
+        BucketingPolicy,
+        ParameterGroup,
+        _get_parameter_groups,
+        build_data_parallel_buffer_index,
+    )
     from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
 
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
@@ -74,6 +81,63 @@ def _hybrid_options(meshes: Meshes) -> dict[str, object]:
     }
 
 
+def cut_parameters(group: ParameterGroup, num_ranks: int) -> list[nn.Parameter]:
+    """Return the parameters of a buffer that have a row on two of the `num_ranks` ranks.
+
+    The library lays a buffer's parameters end to end and gives each rank an equal part, a multiple
+    of the least common multiple of all row sizes. A parameter smaller than that multiple goes
+    wherever there is room, and the end of a part may then fall inside one of its rows.
+    """
+    shapes = [parameter.shape for parameter in group.params]
+    # Only its strategy is read, and all but no_shard are laid out alike.
+    config = DistributedDataParallelConfig(data_parallel_sharding_strategy="optim_grads_params")
+    items, _, part = build_data_parallel_buffer_index(
+        shapes, 0, num_ranks, True, config, chunk_size_factor=group.chunk_size_factor
+    )
+
+    def is_cut(number: int, shape: torch.Size) -> bool:
+        start = items[number].global_data_index
+        first_end = math.ceil(start / part.size) * part.size
+        ends = range(first_end, start + shape.numel(), part.size)
+        return any((end - start) % shape[1:].numel() for end in ends)
+
+    return [group.params[number] for number, shape in enumerate(shapes) if is_cut(number, shape)]
+
+
+def keep_rows_whole(
+    model: nn.Module, unit_types: list[type[nn.Module]], *, dense_ranks: int, expert_ranks: int
+) -> None:
+    """Have the library lay out `model` so that every row of every parameter is on one rank.
+
+    A row on two ranks ends in the library's reshape error, and whether there is one depends on the
+    number of classes, the image size, the width and the number of ranks. A parameter with such a
+    row gets a buffer of its own, where the parts are whole rows. The ranks are those over which a
+    dense and an expert parameter are sharded.
+    """
+    policy = BucketingPolicy(None, unit_types, "optim_grads_params")
+    while True:
+        groups, _, _ = _get_parameter_groups(model, policy, {})
+        cut = [
+            parameter
+            for group in groups
+            for parameter in cut_parameters(
+                group, expert_ranks if group.is_expert_param else dense_ranks
+            )
+        ]
+        if not cut:
+            return
+        for parameter in cut:
+            # The library's name for a parameter with a buffer of its own, whatever the reason.
+            parameter.shared_embedding = True  # type: ignore[attr-defined]
+
+
+def _check_experts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        # The library looks for experts by name in one place and by this attribute in another.
+        is_expert = getattr(parameter, "allreduce", True) is False
+        assert is_expert == (".experts." in name), f"{name} is half an expert"
+
+
 def shard_model(
     model: nn.Module,
     meshes: Meshes,
@@ -90,15 +154,20 @@ def shard_model(
     loss by the number of ranks: gloo cannot scale inside a sum, and an average over the ranks that
     hold an expert would divide by too few, since its gradient has the tokens of all its `ep` peers.
     """
-    for name, parameter in model.named_parameters():
-        # The library looks for experts by name in one place and by this attribute in another.
-        is_expert = getattr(parameter, "allreduce", True) is False
-        assert is_expert == (".experts." in name), f"{name} is half an expert"
+    _check_experts(model)
     device = torch.device(meshes.dense.device_type)
     if device.type == "cpu":
         cpu_shim.install()
     else:
         device = torch.device("cuda", torch.cuda.current_device())
+    replicas = 1 if outer_strategy == "no_shard" else meshes.dp_outer
+    if strategy_name(strategy) != "no_shard":
+        keep_rows_whole(
+            model,
+            unit_types,
+            dense_ranks=replicas * meshes.dense.size(1),
+            expert_ranks=replicas * meshes.expert.size(1),
+        )
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     if is_meta and strategy_name(strategy) == "no_shard":
         raise ValueError(
