@@ -10,9 +10,10 @@ SOURCE, recognised by what it is:
     a folder of FastMoE         0.pth, 1.pth, ... or <stem>_rank0.pth, ...: joined
 
 FORMAT:
-    torch         {"model": weights, "config": options, "classes": ids}, for
-                  checkpoint.load_torch_checkpoint
-    timm          for timm.create_model(..., checkpoint_path=PATH); prints the call; dense only
+    torch         {"model": weights, "config": options, "classes": ids, "pretrained_cfg": mean,
+                  std, crop and size of the images}, for checkpoint.load_torch_checkpoint
+    timm          for timm.create_model(..., checkpoint_path=PATH); prints the call, and the flags
+                  of timm's validation script; dense only
     safetensors   a file, or a folder with files of up to --max-shard-gb and an index
     mtl           mtl_latest_global.pth (--pick best: mtl_best_global.pth) in the folder PATH, for
                   M3ViT's multi-task training: all experts, no head
@@ -40,18 +41,21 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from options.schema import ViTOptions
+from timm.utils import natural_key
+
+from options.schema import ViTOptions, height_width
 from training.network import name_options
 from training.stopping import EXIT_USER_ERROR, exit_code
 from weights import files as weight_files
-from weights import formats
+from weights import formats, preprocessing
 from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
 from weights.formats import Json, MtlFile
 from weights.sources import BEST, Choice, Source, picked_metric, read_source
@@ -64,9 +68,9 @@ _EXPORTED = (MANIFEST, METADATA, STATE, weight_files.SINGLE_NAME, weight_files.I
 _EXPORTED_PARTS = re.compile(r"__\d+_\d+\.distcp|model-\d{5}-of-\d{5}\.safetensors")
 
 
-def timm_call(config: Json, path: Path) -> str:
-    """Return the Python that makes timm's model of a file written for it."""
-    vit = formats.option(config.get("model"), "vit")
+def _timm_model(config: Json) -> tuple[str, dict[str, object]]:
+    """Return the name of timm's model of the same network, and its other arguments."""
+    vit: Any = formats.option(config.get("model"), "vit")
     assert isinstance(vit, Mapping), "a section of the options"
     defaults = dataclasses.asdict(ViTOptions())
     # These do not shape the network, or the name of timm's model says them.
@@ -77,17 +81,50 @@ def timm_call(config: Json, path: Path) -> str:
         "drop_path_uniform",
         "distilled",
     )
-    changed = {name: value for name, value in vit.items() if value != defaults.get(name)}
+    changed = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vit.items()
+        if value != defaults.get(name) and name not in skipped and not name.endswith("_rate")
+    }
+    # Always: else timm takes it from input_size, which is validation's.
+    changed["img_size"] = height_width(vit["img_size"])
     if changed.get("pos_embed") == "sincos":  # timm loads the file's, and would train them
         del changed["pos_embed"]
-    arguments = [
-        f"{name}={tuple(value) if isinstance(value, list) else value!r}"
-        for name, value in changed.items()
-        if name not in skipped and not name.endswith("_rate")
-    ]
     name = "deit_base_distilled_patch16_224" if vit.get("distilled") else "vit_base_patch16_224"
-    first = [repr(name), f"checkpoint_path={str(path)!r}"]
-    return f"timm.create_model({', '.join([*first, *arguments])})"
+    return name, changed
+
+
+def timm_call(config: Json, path: Path) -> str:
+    """Return the Python that makes timm's model of a file written for it."""
+    name, options = _timm_model(config)
+    arguments: dict[str, object] = {"checkpoint_path": str(path), **options}
+    if about := preprocessing.of_options(config):
+        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
+        arguments["pretrained_cfg_overlay"] = plain
+    given = [f"{key}={value!r}" for key, value in arguments.items()]
+    return f"timm.create_model({', '.join([repr(name), *given])})"
+
+
+def timm_validation(config: Json, path: Path) -> str:
+    """Return the command that scores the file with timm's own validation script."""
+    name, options = _timm_model(config)
+    about: Any = preprocessing.of_options(config)
+    # The script has flags of its own for these, and passes them beside --model-kwargs.
+    pool, _, _ = (options.pop(key, None) for key in ("global_pool", "num_classes", "in_chans"))
+    flags = {
+        "--input-size": about["input_size"],
+        "--mean": about["mean"],
+        "--std": about["std"],
+        "--crop-pct": [about["crop_pct"]],
+        "--interpolation": [about["interpolation"]],
+        "--num-classes": [about["num_classes"]],
+        **({} if pool is None else {"--gp": [pool]}),
+        "--model-kwargs": [f"{key}={value}" for key, value in options.items()],
+    }
+    words = ["--model", name, "--checkpoint", str(path)]
+    for flag, values in flags.items():
+        words += [flag, *map(str, values)]
+    return f"python <timm>/validate.py --data-dir <dataset> {shlex.join(words)}"
 
 
 def _mtl_file(source: Source) -> MtlFile:
@@ -141,6 +178,8 @@ def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
     about = {"config": json.dumps(source.config)}
     if source.classes:
         about["classes"] = json.dumps(source.classes)
+    if source.preprocessing:
+        about[preprocessing.KEY] = json.dumps(source.preprocessing)
     if to == "mtl":
         file = _mtl_file(source)
         weight_files.write_pickle(path, {"state_dict": file.weights, "meta": dict(file.meta)})
@@ -164,6 +203,13 @@ def notes(source: Source, path: Path, *, to: str) -> list[str]:
         lines.append(f"note: left out {formats.listed(source.content.left_out)}")
     if to == "timm" and source.config:
         lines.append(timm_call(source.config, path))
+        if source.preprocessing:
+            lines.append(timm_validation(source.config, path))
+        if sorted(source.classes, key=natural_key) != list(source.classes):
+            lines.append(
+                "note: timm orders class folders in another way: give its script a --class-map "
+                "file of our order, a class a line"
+            )
     if to != "mtl" and (absent := formats.missing_top(source.weights())):
         lines.append(f"note: {source.origin} has no {' and no '.join(absent)}")
     return lines
@@ -217,9 +263,9 @@ def export(arguments: argparse.Namespace) -> None:
     path = output_path(arguments.output, arguments.to, pick=arguments.pick)
     check_free(path, source=arguments.source, overwrite=arguments.overwrite)
     source = read_source(arguments.source, Choice(arguments.weights, metric, arguments.stem))
-    source.print_notes()
     if arguments.config_name is not None:
         source = name_options(source, arguments.config_name, arguments.overrides)
+    source.print_notes()
     limit_gb = arguments.max_shard_gb or MAX_SHARD_GB
     write(source, path, to=arguments.to, max_bytes=int(limit_gb * GB))
     print(f"wrote {path} ({arguments.to}) from {source.origin}")

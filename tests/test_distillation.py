@@ -367,3 +367,17 @@ def test_options_without_effect_are_refused(small_run, options, message):
 def test_second_head_needs_a_token_to_read(options):
     with pytest.raises(ValueError, match="distilled=True: needs global_pool=token"):
         build_vit(**SMALL, **options, distilled=True)
+
+
+def test_a_teacher_from_a_file_that_says_so_sees_its_own_normalisation(
+    ranks, small_run, resnet_file, tmp_path
+):
+    weights = torch.load(resnet_file, weights_only=True)
+    about = json.dumps({"mean": [0.25, 0.5, 0.75], "std": [0.5, 0.25, 0.125]})
+    torch.save({"state_dict": weights, "pretrained_cfg": about}, tmp_path / "said.pth")
+    student = ["dataset.mean=[0.5,0.5,0.5]", "dataset.std=[0.25,0.25,0.25]"]
+    config = small_run(*options_of(tmp_path / "said.pth", *student))
+    (teacher,) = ranks(1, lambda world: distillation.build_teacher(config, world))
+    # By hand: x std + mean = pixel, and (pixel - own mean) / own std.
+    assert teacher.gain_C11.flatten().tolist() == [0.5, 1, 2]
+    assert teacher.offset_C11.flatten().tolist() == [0.5, 0, -2]

@@ -24,6 +24,7 @@ from parallel.distributed import World
 from training import losses, network
 from training.run import Criterion, Run
 from vit import VisionTransformer
+from weights import preprocessing
 from weights.sources import Choice, other_classes, read_source
 
 Rgb = Sequence[float]
@@ -103,7 +104,10 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, tuple[Rgb, Rgb]]:
         raise ValueError(
             f"config distillation.teacher={name}{where}: cannot be loaded: {reason}"
         ) from error
-    return model, (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    about = dict(model.pretrained_cfg)
+    if checkpoint is not None:  # timm reads the weights alone; an export of ours says more
+        about |= preprocessing.of_file(Path(checkpoint).expanduser())
+    return model, (about["mean"], about["std"])
 
 
 def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) -> Teacher:

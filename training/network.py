@@ -22,7 +22,7 @@ from parallel import collectives
 from parallel.collectives import ExpertExchange
 from routers.router import Router
 from vit import VisionTransformer
-from weights import formats
+from weights import formats, preprocessing
 from weights.formats import MtlFile
 from weights.sources import Source
 
@@ -176,4 +176,8 @@ def name_options(source: Source, config_name: str, overrides: list[str]) -> Sour
             problems.append(f"{name} is {shapes}")
     if problems:
         raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
-    return dataclasses.replace(source, content=weights, config=dataclasses.asdict(config))
+    options, notes = dataclasses.asdict(config), source.notes
+    asked = preprocessing.of_options(options)
+    if differs := preprocessing.differences(source.preprocessing, asked):
+        notes = (*notes, f"{source.origin}: {differs}")
+    return dataclasses.replace(source, content=weights, config=options, notes=notes)

@@ -22,9 +22,9 @@ from parallel import sharding
 from parallel.collectives import broadcast_or_raise, capture
 from training.logbook import Logbook
 from training.run import Run
-from weights import formats, warm_start
+from weights import formats, preprocessing, warm_start
 from weights.files import write_text
-from weights.formats import MtlFile, Weights
+from weights.formats import Json, MtlFile, Weights
 from weights.provenance import LOADED, Initial
 from weights.sources import Choice, Source, other_classes, read_source
 from weights.upcycling import Job, Target
@@ -34,12 +34,16 @@ TABLE, HEAD = "init.txt", "head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Weights by our names, where they are from, and what is known of their model."""
+    """Weights by our names, where they are from, and what is known of their model.
+
+    `preprocessing` is how their images were prepared, in timm's words; {} if unknown.
+    """
 
     weights: Weights
     origin: str
     num_heads: int | None
     grid_hw: tuple[int, int] | None
+    preprocessing: Json
     classes: tuple[str, ...] = ()
 
 
@@ -47,7 +51,8 @@ class Pretrained:
 class Beginning:
     """What a run began with; `origin` and `num_heads` are the checkpoint's, if there was one.
 
-    `other_classes` says how the classes of its head, if that is used, differ from the dataset's.
+    `other_classes` says how the classes of its head, if that is used, differ from the dataset's,
+    and `other_images` how images were prepared for it that are not now.
     """
 
     mode: str
@@ -55,6 +60,7 @@ class Beginning:
     origin: str | None = None
     num_heads: int | None = None
     other_classes: str | None = None
+    other_images: str | None = None
 
 
 def _pair(value: object) -> tuple[int, int] | None:
@@ -105,8 +111,8 @@ def _from_timm(name: str) -> Pretrained:
         raise ValueError(f"config init.checkpoint={name}: is no ViT: {type(model).__name__}")
     bare, second = warm_start.split_distillation(model.state_dict())
     weights = {**formats.from_timm(bare), **second}
-    attention = model.blocks[0].attn
-    return Pretrained(weights, f"timm {name}", attention.num_heads, model.patch_embed.grid_size)
+    heads, about = model.blocks[0].attn.num_heads, preprocessing.parse(model.pretrained_cfg)
+    return Pretrained(weights, f"timm {name}", heads, model.patch_embed.grid_size, about)
 
 
 def read(checkpoint: str) -> Pretrained:
@@ -122,6 +128,7 @@ def read(checkpoint: str) -> Pretrained:
             source.origin,
             heads if isinstance(heads, int) else None,
             _grid(options.get("img_size"), options.get("patch_size")),
+            source.preprocessing,
             source.classes,
         )
     if timm.is_model(checkpoint):
@@ -202,7 +209,9 @@ def begin(run: Run) -> Beginning:
     initial = dataclasses.replace(initial, left_out=left_out)
     has_head = any(entry.name == HEAD and entry.origin == LOADED for entry in initial.entries)
     others = other_classes(found.classes, run.train_index.classes) if has_head else None
-    return Beginning(mode, initial, found.origin, found.num_heads, others)
+    asked = preprocessing.of_options(dataclasses.asdict(run.config))
+    images = preprocessing.differences(found.preprocessing, asked)
+    return Beginning(mode, initial, found.origin, found.num_heads, others, images)
 
 
 def note(run: Run, logbook: Logbook, beginning: Beginning | None) -> None:
@@ -231,5 +240,7 @@ def note(run: Run, logbook: Logbook, beginning: Beginning | None) -> None:
         logbook.event("init_tensors", origin=origin, names=names)
     if beginning.other_classes:
         logbook.event("init_classes", note=beginning.other_classes)
+    if beginning.other_images:
+        logbook.event("init_images", note=beginning.other_images)
     if beginning.initial.left_out:
         logbook.event("init_not_used", names=beginning.initial.left_out)

@@ -117,7 +117,8 @@ def write_pickle(path: Path, content: Mapping[str, object]) -> None:
             raise OSError(f"file {path}: cannot be written: {error}") from error
 
 
-def _read_json(path: Path) -> Json:
+def read_json(path: Path) -> Json:
+    """Return the JSON object in a file."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -138,7 +139,7 @@ def _safetensors_files(path: Path) -> list[Path]:
         return [path]
     if not (path / INDEX_NAME).is_file():
         return [path / SINGLE_NAME]
-    index = _read_json(path / INDEX_NAME).get("weight_map")
+    index = read_json(path / INDEX_NAME).get("weight_map")
     names = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
     if not names:
         raise ValueError(f"file {path / INDEX_NAME}: must have a `weight_map` of names to files")

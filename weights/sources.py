@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weights import files as weight_files
-from weights import formats, verify
+from weights import formats, preprocessing, verify
 from weights.dcp_writer import MANIFEST, METADATA
 from weights.formats import Json, MtlFile, Weights
 from weights.verify import Checkpoint
@@ -29,7 +29,8 @@ class Source:
     """What was read: our weights or a file of M3ViT, and the options of the run, {} if unknown.
 
     `classes` are the ids of the classes that were trained, () if unknown. `passed_over` says which
-    checkpoints of the run would have been chosen, and what is wrong with them.
+    checkpoints of the run would have been chosen, and what is wrong with them. `pretrained_cfg` is
+    what a file without options says of its images, and `notes` what a user should know.
     """
 
     content: Weights | MtlFile
@@ -37,6 +38,13 @@ class Source:
     origin: str
     passed_over: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    pretrained_cfg: Json = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def preprocessing(self) -> Json:
+        """How images were prepared in training, in timm's words; {} if unknown."""
+        return preprocessing.of_options(self.config) or self.pretrained_cfg
 
     def weights(self) -> Weights:
         """Return the weights by our names."""
@@ -44,9 +52,9 @@ class Source:
         return formats.from_mtl(self.content) if is_mtl else self.content  # type: ignore[arg-type, return-value]
 
     def print_notes(self) -> None:
-        """Say on stderr what was passed over."""
-        for problem in self.passed_over:
-            print(f"note: passed over {problem}", file=sys.stderr)
+        """Say on stderr what was passed over, and what else a user should know."""
+        for line in (*(f"passed over {problem}" for problem in self.passed_over), *self.notes):
+            print(f"note: {line}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +206,8 @@ def _read_pickle(path: Path, choice: Choice) -> Source:
     if not meta and not formats.is_m3vit(weights):
         config = _parse_options(holder.get("config"))
         classes = _class_ids(holder.get("classes"), weights)
-        return Source(formats.from_timm(weights), config, str(path), classes=classes)
+        about = preprocessing.parse(holder.get(preprocessing.KEY))
+        return Source(formats.from_timm(weights), config, str(path), (), classes, about)
     encoder, _ = formats.encoder_of(weights)
     if problem := formats.missing_experts(encoder):
         raise ValueError(f"file {path}: {problem}: {_local_advice(path)}")
@@ -220,6 +229,17 @@ def _read_shards(folder: Path, choice: Choice) -> Source:
     except ValueError as error:
         raise ValueError(f"folder {folder}: {error}") from error
     return Source(merged, {}, f"{len(files)} files of {folder}")
+
+
+def _config_of_timm(path: Path) -> object:
+    """Return the `pretrained_cfg` in the config.json that timm writes beside model.safetensors."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    is_beside = path.is_dir() or path.name == weight_files.SINGLE_NAME
+    return (
+        weight_files.read_json(file).get(preprocessing.KEY)
+        if is_beside and file.is_file()
+        else None
+    )
 
 
 def read_source(path: Path, choice: Choice) -> Source:
@@ -253,4 +273,5 @@ def read_source(path: Path, choice: Choice) -> Source:
     weights, metadata = weight_files.read_safetensors(path)
     config = _parse_options(metadata.get("config"))
     classes = _class_ids(metadata.get("classes"), weights)
-    return Source(formats.from_timm(weights), config, str(path), classes=classes)
+    about = preprocessing.parse(metadata.get(preprocessing.KEY) or _config_of_timm(path))
+    return Source(formats.from_timm(weights), config, str(path), (), classes, about)
