@@ -14,6 +14,8 @@ FORMAT:
                   std, crop and size of the images}, for checkpoint.load_torch_checkpoint
     timm          for timm.create_model(..., checkpoint_path=PATH); prints the call, and the flags
                   of timm's validation script; dense only
+    nvidia        for load_torch_checkpoint of NVIDIA's ViT recipe (BioNeMo), whose options it
+                  prints; dense only
     safetensors   a file, or a folder with files of up to --max-shard-gb and an index
     mtl           mtl_latest_global.pth (--pick best: mtl_best_global.pth) in the folder PATH, for
                   M3ViT's multi-task training: all experts, no head
@@ -38,93 +40,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import re
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from timm.utils import natural_key
 
-from options.schema import ViTOptions, height_width
 from training.network import name_options
 from training.stopping import EXIT_USER_ERROR, exit_code
+from weights import commands, formats, preprocessing
 from weights import files as weight_files
-from weights import formats, preprocessing
 from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
-from weights.formats import Json, MtlFile
+from weights.formats import MtlFile
 from weights.sources import BEST, Choice, Source, picked_metric, read_source
 
-FORMATS = ("torch", "timm", "safetensors", "mtl", "dcp")
+FORMATS = ("torch", "timm", "nvidia", "safetensors", "mtl", "dcp")
 GB = 10**9
 MAX_SHARD_GB = 5.0
 # All files that an export to a folder can have.
 _EXPORTED = (MANIFEST, METADATA, STATE, weight_files.SINGLE_NAME, weight_files.INDEX_NAME)
 _EXPORTED_PARTS = re.compile(r"__\d+_\d+\.distcp|model-\d{5}-of-\d{5}\.safetensors")
-
-
-def _timm_model(config: Json) -> tuple[str, dict[str, object]]:
-    """Return the name of timm's model of the same network, and its other arguments."""
-    vit: Any = formats.option(config.get("model"), "vit")
-    assert isinstance(vit, Mapping), "a section of the options"
-    defaults = dataclasses.asdict(ViTOptions())
-    # These do not shape the network, or the name of timm's model says them.
-    skipped = (
-        "weight_init",
-        "fix_init",
-        "grad_checkpointing",
-        "drop_path_uniform",
-        "distilled",
-    )
-    changed = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vit.items()
-        if value != defaults.get(name) and name not in skipped and not name.endswith("_rate")
-    }
-    # Always: else timm takes it from input_size, which is validation's.
-    changed["img_size"] = height_width(vit["img_size"])
-    if changed.get("pos_embed") == "sincos":  # timm loads the file's, and would train them
-        del changed["pos_embed"]
-    name = "deit_base_distilled_patch16_224" if vit.get("distilled") else "vit_base_patch16_224"
-    return name, changed
-
-
-def timm_call(config: Json, path: Path) -> str:
-    """Return the Python that makes timm's model of a file written for it."""
-    name, options = _timm_model(config)
-    arguments: dict[str, object] = {"checkpoint_path": str(path), **options}
-    if about := preprocessing.of_options(config):
-        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
-        arguments["pretrained_cfg_overlay"] = plain
-    given = [f"{key}={value!r}" for key, value in arguments.items()]
-    return f"timm.create_model({', '.join([repr(name), *given])})"
-
-
-def timm_validation(config: Json, path: Path) -> str:
-    """Return the command that scores the file with timm's own validation script."""
-    name, options = _timm_model(config)
-    about: Any = preprocessing.of_options(config)
-    # The script has flags of its own for these, and passes them beside --model-kwargs.
-    pool, _, _ = (options.pop(key, None) for key in ("global_pool", "num_classes", "in_chans"))
-    flags = {
-        "--input-size": about["input_size"],
-        "--mean": about["mean"],
-        "--std": about["std"],
-        "--crop-pct": [about["crop_pct"]],
-        "--interpolation": [about["interpolation"]],
-        "--num-classes": [about["num_classes"]],
-        **({} if pool is None else {"--gp": [pool]}),
-        "--model-kwargs": [f"{key}={value}" for key, value in options.items()],
-    }
-    words = ["--model", name, "--checkpoint", str(path)]
-    for flag, values in flags.items():
-        words += [flag, *map(str, values)]
-    return f"python <timm>/validate.py --data-dir <dataset> {shlex.join(words)}"
 
 
 def _mtl_file(source: Source) -> MtlFile:
@@ -140,7 +80,7 @@ def _mtl_file(source: Source) -> MtlFile:
 def output_path(output: Path, to: str, *, pick: str) -> Path:
     """Return the file or folder to write."""
     is_pickle = output.suffix in (".pt", ".pth")
-    if to in ("torch", "timm") and not is_pickle:
+    if to in ("torch", "timm", "nvidia") and not is_pickle:
         raise ValueError(f"--output {output}: must end in .pt or .pth")
     if to in ("safetensors", "dcp") and is_pickle:
         raise ValueError(f"--output {output}: must be a folder for --to {to}")
@@ -189,6 +129,10 @@ def write(source: Source, path: Path, *, to: str, max_bytes: int) -> None:
         weight_files.write_pickle(path, {"model": weights, **about})
     elif to == "timm":
         weight_files.write_pickle(path, {"state_dict": formats.to_timm(weights), **about})
+    elif to == "nvidia":
+        if source.config:  # it refuses what the recipe cannot be, before anything is written
+            commands.nvidia_options(source.config)
+        weight_files.write_pickle(path, {"model": formats.to_nvidia(weights), **about})
     elif to == "safetensors":
         weight_files.write_safetensors(path, weights, metadata=about, max_bytes=max_bytes)
     else:
@@ -202,14 +146,18 @@ def notes(source: Source, path: Path, *, to: str) -> list[str]:
     if isinstance(source.content, MtlFile) and source.content.left_out:
         lines.append(f"note: left out {formats.listed(source.content.left_out)}")
     if to == "timm" and source.config:
-        lines.append(timm_call(source.config, path))
+        lines.append(commands.timm_call(source.config, path))
         if source.preprocessing:
-            lines.append(timm_validation(source.config, path))
+            lines.append(commands.timm_validation(source.config, path))
         if sorted(source.classes, key=natural_key) != list(source.classes):
             lines.append(
                 "note: timm orders class folders in another way: give its script a --class-map "
                 "file of our order, a class a line"
             )
+    if to == "nvidia":
+        lines.append(f"note: {formats.NVIDIA_EPS}")
+        if source.config:
+            lines.append(f"options of its recipe: {commands.nvidia_options(source.config)}")
     if to != "mtl" and (absent := formats.missing_top(source.weights())):
         lines.append(f"note: {source.origin} has no {' and no '.join(absent)}")
     return lines

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ import time
 import pytest
 import timm
 import torch
+import yaml
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
@@ -212,6 +214,126 @@ def test_timm_gets_no_experts_and_nothing_is_written(moe_run, tmp_path, capsys):
     line = refused(capsys, moe_run[0], "--to", "timm", "--output", tmp_path / "x.pth")
     assert "blocks.1.mlp.experts.b_in" in line
     assert list(tmp_path.iterdir()) == []
+
+
+# By hand from the recipe: the names of its state dict with one block, less blocks.0's own.
+NVIDIA_NAMES = {
+    *("pos_embed.pos_embed", "pos_embed.cls_token", "pos_embed.reg_token"),
+    *("patch_embed.proj.weight", "patch_embed.proj.bias"),
+    *("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"),
+}
+NVIDIA_BLOCK = {
+    f"{layer}.{kind}"
+    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    for kind in ("weight", "bias")
+}
+
+
+class PosEmbedOfNvidia(torch.nn.Module):
+    """Positions, class and register tokens, as NVIDIA's recipe keeps and adds them."""
+
+    def __init__(self, timms):
+        super().__init__()
+        for name in ("pos_embed", "cls_token", "reg_token"):
+            self.register_parameter(
+                name, torch.nn.Parameter(torch.zeros(getattr(timms, name).shape))
+            )
+
+    def forward(self, x_BPD):
+        prefix = [token.expand(len(x_BPD), -1, -1) for token in (self.cls_token, self.reg_token)]
+        return torch.cat([*prefix, x_BPD], 1) + self.pos_embed
+
+
+class VitOfNvidia(torch.nn.Module):
+    """NVIDIA's network around timm's blocks: patches, positions, blocks, mean, norm, head."""
+
+    def __init__(self, options):
+        super().__init__()
+        timms = timm.create_model("vit_base_patch16_224", norm_layer=LayerNormOfNvidia, **options)
+        self.pos_embed = PosEmbedOfNvidia(timms)
+        for name in ("patch_embed", "blocks", "fc_norm", "head"):
+            setattr(self, name, getattr(timms, name))
+
+    def forward(self, image_BCHW):
+        x_BLD = self.blocks(self.pos_embed(self.patch_embed(image_BCHW)))
+        return self.head(self.fc_norm(x_BLD[:, 3:].mean(1)))
+
+
+class LayerNormOfNvidia(torch.nn.LayerNorm):
+    def __init__(self, dim, **_):
+        super().__init__(dim, eps=1e-5)
+
+
+def load_as_nvidia(path, model, *, megatron_fsdp):
+    """The rules of its load_torch_checkpoint; here the keys that it would drop are an error."""
+    weights = torch.load(path, weights_only=False)["model"]
+    bare = {key.removeprefix("module.") if megatron_fsdp else key: w for key, w in weights.items()}
+    assert bare.keys() == model.state_dict().keys()
+    model.load_state_dict(bare, strict=False)
+
+
+def options_of_nvidia(shown):
+    (line,) = re.findall(r"options of its recipe: (.*)", shown)
+    return {k: yaml.safe_load(v) for k, _, v in (w.partition("=") for w in shlex.split(line))}
+
+
+@torch.no_grad()
+def test_nvidias_recipe_loads_every_tensor_of_an_export_and_computes_the_same(
+    ranks, tmp_path, capsys
+):
+    overrides = ["model.vit.reg_tokens=2", "model.vit.depth=2", "dataset.mean=[0.25,0.5,0.75]"]
+    root, model, weights = run_of(ranks, tmp_path / "run", *overrides, recipe="vit_tiny_patch8_64")
+    model.load_state_dict(plus(weights, 3))
+    assert convert(root, "--to", "nvidia", "--output", tmp_path / "x.pt") == 0
+    shown = capsys.readouterr().out
+    assert "LayerNorms with eps 1e-5, ours have 1e-6" in shown
+    options = options_of_nvidia(shown)
+    assert options["dataset.val.transform_kwargs.mean"] == [0.25, 0.5, 0.75]
+    assert options["dataset.val.transform_kwargs.crop_pct"] == 1.0
+    assert options["model.transformer_engine"] is False
+    names = {*NVIDIA_NAMES, *(f"blocks.{i}.{name}" for i in (0, 1) for name in NVIDIA_BLOCK)}
+    assert weight_files.read_pickle(tmp_path / "x.pt")["model"].keys() == names
+    vit = {k[10:]: v for k, v in options.items() if k.startswith("model.vit.")}
+    theirs = VitOfNvidia({**vit, "num_classes": options["dataset.num_classes"]}).eval()
+    load_as_nvidia(tmp_path / "x.pt", theirs, megatron_fsdp=True)
+    image_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(theirs(image_BCHW), model(image_BCHW), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("kind", ["torch", "dcp"])
+def test_what_nvidias_recipe_saved_becomes_ours(ranks, tmp_path, capsys, prefix, kind):
+    overrides = ["model.vit.reg_tokens=2", "model.vit.depth=1"]
+    model, _ = model_of(*overrides, recipe="vit_tiny_patch8_64")
+    weights = model.state_dict()
+    apart = {"pos_embed", "cls_token", "reg_token"}
+    theirs = {prefix + (f"pos_embed.{n}" if n in apart else n): t for n, t in weights.items()}
+    torch.save({"model": theirs, "optimizer": {}}, tmp_path / "theirs.pt")
+    if kind == "dcp":
+        torch_save_to_dcp(tmp_path / "theirs.pt", tmp_path / "theirs")
+    source = tmp_path / ("theirs.pt" if kind == "torch" else "theirs")
+    recipe = ["--config-name", "vit_tiny_patch8_64", *SMALL, *overrides]
+    assert convert(source, *recipe, "--to", "dcp", "--output", tmp_path / "ours") == 0
+    assert "NVIDIA's recipe has LayerNorms with eps 1e-5" in capsys.readouterr().err
+    assert_equal(model_in(tmp_path / "ours"), weights)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.moe.num_experts=8"], "mlp.experts.b_in"),
+        (["model.vit.distilled=true", "model.vit.global_pool=token"], "dist_token"),
+        (["model.vit.pos_embed=none"], "weights pos_embed: NVIDIA's ViT recipe cannot be without"),
+        (["model.vit.img_size=[32,64]"], r"img_size=\[32, 64\]: .* can only do squares"),
+    ],
+)
+def test_what_nvidias_recipe_cannot_be_is_refused(tmp_path, capsys, overrides, message):
+    model, options = model_of(*overrides, recipe="vit_tiny_patch8_64")
+    about = {"config": json.dumps(options)}
+    torch.save({"model": model.state_dict(), **about}, tmp_path / "ours.pt")
+    arguments = [tmp_path / "ours.pt", "--to", "nvidia", "--output", tmp_path / "x.pt"]
+    assert re.search(message, refused(capsys, *arguments))
+    assert not (tmp_path / "x.pt").exists()
 
 
 def save_shards(folder, shards, *, name="{}.pth", **more):

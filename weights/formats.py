@@ -1,6 +1,7 @@
 """Names and shapes of weights in other projects' files, as functions from tensors to tensors.
 
     ours --to_timm--> timm (dense models only)  --from_timm--> ours
+    ours --to_nvidia--> NVIDIA's ViT recipe (dense models only)  --from_timm--> ours
     ours --to_mtl---> M3ViT's global file       --from_mtl---> ours
     files of M3ViT, one or one per rank of FastMoE --merge_shards--> M3ViT's global file
 
@@ -37,6 +38,11 @@ _TO_MTL = {
     "mlp.experts.b_out": "mlp.experts.h4toh.bias",
 }
 _FROM_MTL = {theirs: ours for ours, theirs in _TO_MTL.items()}
+# NVIDIA's ViT recipe keeps these in a module of their own; all other names are timm's. Its loader
+# is not strict: a file with other names loads, and what it lacks stays random.
+_TO_NVIDIA = {name: f"pos_embed.{name}" for name in ("pos_embed", "cls_token", "reg_token")}
+_FROM_NVIDIA = {theirs: ours for ours, theirs in _TO_NVIDIA.items()}
+NVIDIA_EPS = "NVIDIA's recipe has LayerNorms with eps 1e-5, ours have 1e-6: logits differ slightly"
 _BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 _TOP = re.compile(r"(norm|fc_norm|head|attn_pool)\..+")
 _HEAD_OF_WRAPPER = re.compile(r"(norm|head|head_dist)\..+")
@@ -115,13 +121,37 @@ def to_timm(weights: Weights) -> Weights:
     return dict(weights)
 
 
+def to_nvidia(weights: Weights) -> Weights:
+    """Return the weights of a dense model by the names of NVIDIA's ViT recipe, without experts.
+
+    Raises:
+        ValueError: The recipe has no such parameters, or cannot be without some.
+    """
+    extra = [name for name in weights if not _DENSE.fullmatch(name) or "dist" in name]
+    if extra:
+        raise ValueError(f"weights {listed(extra)}: NVIDIA's ViT recipe has no such parameters")
+    if "pos_embed" not in weights:
+        raise ValueError("weights pos_embed: NVIDIA's ViT recipe cannot be without it")
+    return {_TO_NVIDIA.get(name, name): tensor for name, tensor in weights.items()}
+
+
+def is_nvidia(weights: Weights) -> bool:
+    """Return whether names are those of NVIDIA's ViT recipe, as it or Megatron-FSDP saves them."""
+    return any(name.removeprefix("module.") in _FROM_NVIDIA for name in weights)
+
+
 def from_timm(weights: Weights) -> Weights:
-    """Return the weights of a ViT of timm, or of ours, by our names, without DDP's `module.`.
+    """Return the weights of a ViT of timm, NVIDIA's recipe, or ours, by our names.
+
+    DDP's and Megatron-FSDP's `module.` is taken off.
 
     Raises:
         ValueError: We have no such parameters; they are named.
     """
-    renamed = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    bare = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    renamed = {_FROM_NVIDIA.get(name, name): tensor for name, tensor in bare.items()}
+    if len(renamed) < len(weights):
+        raise ValueError(f"weights: {len(weights) - len(renamed)} have the same names as others")
     known = (_DENSE, _MOE_OF_OURS)
     unknown = [name for name in renamed if not any(part.fullmatch(name) for part in known)]
     if unknown:

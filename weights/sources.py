@@ -194,6 +194,18 @@ def _local_advice(path: Path) -> str:
     )
 
 
+def _of_dense(
+    weights: Weights,
+    config: Json,
+    origin: str,
+    classes: tuple[str, ...] = (),
+    about: Json | None = None,
+) -> Source:
+    """Return what timm, NVIDIA's recipe or we saved, by our names; `about` is a pretrained_cfg."""
+    notes = (f"{origin}: {formats.NVIDIA_EPS}",) if formats.is_nvidia(weights) else ()
+    return Source(formats.from_timm(weights), config, origin, (), classes, about or {}, notes)
+
+
 def _read_pickle(path: Path, choice: Choice) -> Source:
     content = weight_files.read_pickle(path)
     holder: Mapping[str, object] = content if isinstance(content, dict) else {}
@@ -207,7 +219,7 @@ def _read_pickle(path: Path, choice: Choice) -> Source:
         config = _parse_options(holder.get("config"))
         classes = _class_ids(holder.get("classes"), weights)
         about = preprocessing.parse(holder.get(preprocessing.KEY))
-        return Source(formats.from_timm(weights), config, str(path), (), classes, about)
+        return _of_dense(weights, config, str(path), classes, about)
     encoder, _ = formats.encoder_of(weights)
     if problem := formats.missing_experts(encoder):
         raise ValueError(f"file {path}: {problem}: {_local_advice(path)}")
@@ -261,7 +273,7 @@ def read_source(path: Path, choice: Choice) -> Source:
             return _read_checkpoint(verify.verify(path), choice)
         if METADATA in names:
             origin = f"{path} (not verified: it has no {MANIFEST})"
-            return Source(weight_files.read_dcp(path, choice.weights), {}, origin)
+            return _of_dense(weight_files.read_dcp(path, choice.weights), {}, origin)
         if is_run:
             return _read_run(path, choice)
         if is_ranks:
