@@ -248,8 +248,11 @@ def fit(
     return figures
 
 
-def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> None:
-    """Print the run's last table: its accuracy, its speed, its files and a next command."""
+def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float], is_old: bool) -> None:
+    """Print the run's last table: its accuracy, its speed, its files and a next command.
+
+    `is_old`: the run was complete when the program started.
+    """
     python = shlex.quote(os.path.relpath(sys.executable))
     rows = {
         "top-1": f"{figures['top1']:.2f} % of {figures['val_images']:.0f} validation images",
@@ -266,15 +269,17 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float]) -> No
         f"{shlex.quote(str(folder))} model.pt",
     }
     rows |= scoring.load_summary(dict(figures), num_experts=run.config.model.moe.num_experts)
-    print_table(f"training is complete: {run.config.training.steps} steps", rows)
+    done = ", all of them before this start" if is_old else ""
+    print_table(f"training is complete: {run.config.training.steps} steps{done}", rows)
 
 
 def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> None:
     """Train from `start` to the last step, unless that is done, and print the outcome."""
     saver = Saver(run, logbook, start=start)
+    complete = start.found if start.step == run.config.training.steps else None
     try:
-        if start.found is not None and start.step == run.config.training.steps:
-            figures = start.found.metrics
+        if complete is not None:
+            figures = complete.metrics
             if "top1" not in figures:  # saved between validations
                 figures |= validate_all(run)
         else:
@@ -286,7 +291,7 @@ def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> N
         saver.close()
     if run.world.is_main:
         assert saver.folder is not None, "the last step was saved"
-        print_outcome(run, saver.folder, figures=figures)
+        print_outcome(run, saver.folder, figures=figures, is_old=complete is not None)
 
 
 def train(config: Config, world: World) -> None:
@@ -302,7 +307,7 @@ def train(config: Config, world: World) -> None:
         with run_folder.locked(run.folder):
             start = resume(run)
             beginning = pretrained.begin(run) if start.found is None else None
-            open_folder(run)
+            open_folder(run, start)
             logbook = Logbook(run.folder, config=config, is_main=world.is_main, step=start.step)
             try:
                 begun = "resumed" if beginning is None else beginning.mode

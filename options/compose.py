@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -157,8 +158,10 @@ def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
     return _check_root(validate(config), overrides)
 
 
-def to_yaml(config: Config) -> str:
-    """Return the options as YAML, in the order of their declarations."""
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    """Return options, or the `dataclasses.asdict` of some, as YAML in order of declaration."""
+    if isinstance(config, dict):
+        return OmegaConf.to_yaml(OmegaConf.create(config))
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn import functional as F
 
 import checkpoint
 import train
 from images.batches import NOT_COUNTED
+from options.schema import Config, walk
 from parallel import distributed, sharding
 from tests.support.options import small_options
 from tests.support.runs import train_and_watch
 from tests.support.sharded import parts, worst_error
-from training import loaders, losses, network, optim, prepare
+from training import loaders, losses, network, optim, prepare, resume
 
 # Dropout of every kind, a decaying learning rate, and steps that cross the edges of epochs:
 # 12 steps of 2 ranks x 2 microbatches x 4 images are 8 epochs of 24.
@@ -370,14 +372,10 @@ def test_dcp_to_torch_gives_the_unsharded_model(ranks, small_run, tmp_path):
         assert torch.equal(model(image_BCHW), other(image_BCHW))
 
 
-def test_a_complete_run_says_so_and_trains_no_further(ranks, small_run, tmp_path, capfd):
-    config = small_run("training.steps=2")
-    ranks(1, lambda world: train.train(config, world))
-    before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    capfd.readouterr()
-    ranks(1, lambda world: train.train(config, world))
-    assert "training is complete: 2 steps" in capfd.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+def contents(folder):
+    """The bytes of every file of a run folder but the log, which every start adds a line to."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +384,64 @@ def one_step(ranks, image_folder, tmp_path_factory):
     options = small_options(image_folder, tmp_path_factory.mktemp("one_step") / "run")
     ranks(1, lambda world: train.train(options("training.steps=1"), world))
     return options
+
+
+def test_a_complete_run_says_so_and_trains_no_further(ranks, one_step, capfd):
+    config = one_step("training.steps=1", "dataset.decoder=pillow", "training.log_interval=7")
+    before = contents(Path(config.training.checkpoint.path))
+    ranks(1, lambda world: train.train(config, world))
+    printed = capfd.readouterr().out
+    assert "is complete: 1 steps, all of them before" in printed and "train step" not in printed
+    assert contents(Path(config.training.checkpoint.path)) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "had"),
+    [
+        ("optimizer.lr=5e-4", "optimizer.lr=0.0005", "optimizer.lr=0.001"),
+        ("model.vit.drop_path_rate=0.3", "model.vit.drop_path_rate=0.3", "drop_path_rate=0.0"),
+        ("dataset.val.crop_ratio=0.9", "dataset.val.crop_ratio=0.9", "crop_ratio=1.0"),
+        ("dataset.mean=[0.5,0.5,0.5]", r"dataset.mean=\[0.5, 0.5, 0.5\]", r"dataset.mean=\[0.4"),
+        (
+            "training.label_smoothing=0.2 optimizer.eps=1e-6",
+            "optimizer.eps=1e-06, training.label_smoothing=0.2",
+            "optimizer.eps=1e-08, training.label_smoothing=0.1",
+        ),
+    ],
+)
+def test_a_complete_run_never_shows_its_figures_as_those_of_other_options(
+    ranks, one_step, changes, asked, had
+):
+    config = one_step("training.steps=1", *changes.split())
+    before = contents(Path(config.training.checkpoint.path))
+
+    def refused(world):
+        message = (
+            rf"config {asked}: the run in .*/run is complete \(1 steps\) with .*{had}.*; use an"
+        )
+        with pytest.raises(ValueError, match=message):
+            train.train(config, world)
+
+    ranks(1, refused)
+    assert contents(Path(config.training.checkpoint.path)) == before
+
+
+def test_options_without_effect_on_a_complete_run_exist():
+    names = [name for name, _, _ in walk(Config())]
+    for prefix in resume.WITHOUT_EFFECT:
+        assert any(name.startswith(prefix) for name in names), prefix
+
+
+def test_a_run_that_goes_on_with_other_options_keeps_the_old_ones(ranks, small_run, tmp_path):
+    for steps, lr in ((1, 0.5), (2, 0.25), (3, 0.25)):
+        config = small_run(f"training.steps={steps}", f"optimizer.lr={lr}")
+        ranks(1, lambda world, config=config: train.train(config, world))
+    kept = {
+        name: yaml.safe_load((tmp_path / "run" / name).read_text())
+        for name in ("config.until_step_1.yaml", "config.until_step_2.yaml", "config.yaml")
+    }
+    assert [options["optimizer"]["lr"] for options in kept.values()] == [0.5, 0.25, 0.25]
+    assert [options["training"]["steps"] for options in kept.values()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

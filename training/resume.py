@@ -16,6 +16,7 @@ import torch.distributed as dist
 import checkpoint
 from images import index as image_index
 from options import compose
+from options.schema import Config
 from parallel import sharding
 from training import run_folder
 from training.logbook import Logbook, versions
@@ -39,6 +40,36 @@ ORDER = (
 # would not notice.
 NETWORK = ("config.model.vit.num_heads", "config.model.vit.global_pool")
 DEFAULTS = {"config.dataset.train.repeats": 1}
+# What a complete run may be started again with: where it is, where it runs, how fast, and what is
+# compared above; fewer steps end it where it is. With any other change the command asks for figures that the run does not have.
+WITHOUT_EFFECT = (
+    "dataset.decoder",
+    "dataset.duplicates",
+    "dataset.index_folder",
+    "dataset.max_bad",
+    "dataset.name",
+    "dataset.num_workers",
+    "dataset.on_error",
+    "dataset.path_env",
+    "dataset.timeout_s",
+    "dataset.train.batch_size",
+    "dataset.train.images",
+    "dataset.train.root",
+    "dataset.val.batch_size",
+    "dataset.val.images",
+    "device",
+    "distributed.",
+    "fsdp.",
+    "training.checkpoint.",
+    "training.grad_accum_steps",
+    "training.log_interval",
+    "training.peak_tflops",
+    "training.steps",
+    "training.tensorboard",
+    "training.update_freq",
+    "training.val_interval",
+    "training.wandb.",
+)
 
 
 def facts(
@@ -96,6 +127,31 @@ def _check_same(run: Run, found: verify.Checkpoint, *, old: object, new: object)
             )
 
 
+def _changes(found: verify.Checkpoint, new: object) -> dict[str, tuple[object, object]]:
+    """Return the options that changed since `found` was saved: name -> (value then, value now)."""
+    then = dict(_flatten(found.state["config"]))
+    # JSON, as `then` has been through it. An option that came later did what its default does.
+    now, default = (
+        dict(_flatten(json.loads(json.dumps(tree)))) for tree in (new, dataclasses.asdict(Config()))
+    )
+    before = {name: then.get(name, default[name]) for name in now}
+    return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
+
+
+def _check_complete(found: verify.Checkpoint, changes: Mapping[str, tuple[object, object]]) -> None:
+    """Refuse to show the figures of a complete run as those of other options."""
+    names = [name for name in changes if not name.startswith(WITHOUT_EFFECT)]
+    if names:
+        asked, had = (
+            ", ".join(f"{name}={changes[name][when]}" for name in names) for when in (1, 0)
+        )
+        raise ValueError(
+            f"config {asked}: the run in {found.folder.parent} is complete ({found.step} steps) "
+            f"with {had}; use another training.checkpoint.path, or more training.steps to go on "
+            "with the new values"
+        )
+
+
 def check_resumable(run: Run, found: verify.Checkpoint) -> list[str]:
     """Return the options that changed since `found` was saved."""
     now = facts(run, step=found.step, figures={})
@@ -112,9 +168,10 @@ def check_resumable(run: Run, found: verify.Checkpoint) -> list[str]:
             f"config training.steps={run.config.training.steps}: must be at least {found.step}, "
             f"the steps done in {found.folder}"
         )
-    old = dict(_flatten(found.state["config"]))
-    new = dict(_flatten(json.loads(json.dumps(now["config"]))))
-    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    changes = _changes(found, now["config"])
+    if found.step == run.config.training.steps:
+        _check_complete(found, changes)
+    return [f"{name}: {then} -> {new}" for name, (then, new) in changes.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +236,24 @@ def _bad_images(found: verify.Checkpoint) -> list[int]:
     return images
 
 
-def open_folder(run: Run) -> None:
+def open_folder(run: Run, start: Start) -> None:
     """Check that the run can save and write what identifies it. Rank 0 writes, the others wait.
+
+    The options of the steps up to `start`, if others follow, stay as config.until_step_<n>.yaml. A
+    complete run leaves the folder as it is.
 
     Raises:
         OSError: On every rank, if checkpoints could not be saved.
     """
+    if start.step == run.config.training.steps:
+        return
     run_folder.check_writable(run.folder, dcp_writer.num_bytes(run.tensors()))
     if run.world.is_main:
+        if start.found is not None and start.changed:
+            options = start.found.state["config"]
+            assert isinstance(options, dict), "what its options are compared with"
+            path = run.folder / f"config.until_step_{start.step}.yaml"
+            write_text(path, compose.to_yaml(options))
         write_text(run.folder / "config.yaml", compose.to_yaml(run.config))
         write_text(run.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
     dist.barrier()
