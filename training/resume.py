@@ -41,7 +41,8 @@ ORDER = (
 NETWORK = ("config.model.vit.num_heads", "config.model.vit.global_pool")
 DEFAULTS = {"config.dataset.train.repeats": 1}
 # What a complete run may be started again with: where it is, where it runs, how fast, and what is
-# compared above; fewer steps end it where it is. With any other change the command asks for figures that the run does not have.
+# compared above; fewer steps end it where it is. With any other change the command asks for figures
+# that the run does not have.
 WITHOUT_EFFECT = (
     "dataset.decoder",
     "dataset.duplicates",
