@@ -41,6 +41,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
@@ -62,6 +63,7 @@ from weights.sources import BEST, Choice, Source, picked_metric, read_source
 FORMATS = ("torch", "timm", "nvidia", "safetensors", "mtl", "dcp")
 GB = 10**9
 MAX_SHARD_GB = 5.0
+MAX_GB = 10**6
 # All files that an export to a folder can have.
 _EXPORTED = (MANIFEST, METADATA, STATE, weight_files.SINGLE_NAME, weight_files.INDEX_NAME)
 _EXPORTED_PARTS = re.compile(r"__\d+_\d+\.distcp|model-\d{5}-of-\d{5}\.safetensors")
@@ -89,8 +91,29 @@ def output_path(output: Path, to: str, *, pick: str) -> Path:
     return output
 
 
-def check_free(path: Path, *, source: Path, overwrite: bool) -> None:
+def writes_file(path: Path, to: str) -> bool:
+    """Return whether the format is one file there, rather than a folder of files."""
+    return to not in ("safetensors", "dcp") or (to, path.suffix) == ("safetensors", ".safetensors")
+
+
+def _check_kind(path: Path, *, is_file: bool) -> None:
+    """Refuse a place where a file, or a folder, cannot come to be.
+
+    A link would be replaced, not what it leads to; so would a device or a pipe.
+    """
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f"--output {path}: {above} is not a folder")
+    if path.is_symlink():
+        raise ValueError(f"--output {path}: is a symbolic link; name what it leads to")
+    if path.exists() and not (path.is_file() if is_file else path.is_dir()):
+        kind = "file" if is_file else "folder"
+        raise ValueError(f"--output {path}: exists and is not a {kind}, which this writes")
+
+
+def check_free(path: Path, *, source: Path, is_file: bool, overwrite: bool) -> None:
     """Refuse to write over, or into, anything but an export."""
+    _check_kind(path, is_file=is_file)
     whole, read = path.resolve(), source.resolve()
     if whole == read or whole in read.parents:
         raise ValueError(f"--output {path}: would replace the source")
@@ -168,15 +191,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR, f"error: {message} (see export.py --help)\n")
 
 
+def _path(text: str) -> Path:
+    """Return a path of the command line; a shell leaves the ~ of --output=~/x as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # there is no such user, so the name begins with ~
+        return Path(text)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = _Parser(
         prog="export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("source", type=_path, metavar="SOURCE")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="after --config-name")
     parser.add_argument("--to", required=True, choices=FORMATS)
-    parser.add_argument("--output", required=True, type=Path, metavar="PATH")
+    parser.add_argument("--output", required=True, type=_path, metavar="PATH")
     parser.add_argument(
         "--weights", choices=("model", "ema"), default="model", help="as trained, or their average"
     )
@@ -196,8 +229,10 @@ def check_used(arguments: argparse.Namespace) -> None:
     if arguments.overrides and arguments.config_name is None:
         raise ValueError(f"{arguments.overrides[0]}: has no effect without --config-name")
     limit = arguments.max_shard_gb
-    if limit is not None and (arguments.to != "safetensors" or not limit > 0):
-        raise ValueError(f"--max-shard-gb {limit}: must be more than 0, and is for safetensors")
+    if limit is not None and arguments.to != "safetensors":
+        raise ValueError(f"--max-shard-gb {limit}: is for safetensors, not for {arguments.to}")
+    if limit is not None and not 0 < limit <= MAX_GB:
+        raise ValueError(f"--max-shard-gb {limit}: must be more than 0, at most {MAX_GB}")
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -209,7 +244,12 @@ def export(arguments: argparse.Namespace) -> None:
     check_used(arguments)
     metric = picked_metric(arguments.pick, arguments.metric)
     path = output_path(arguments.output, arguments.to, pick=arguments.pick)
-    check_free(path, source=arguments.source, overwrite=arguments.overwrite)
+    check_free(
+        path,
+        source=arguments.source,
+        is_file=writes_file(path, arguments.to),
+        overwrite=arguments.overwrite,
+    )
     source = read_source(arguments.source, Choice(arguments.weights, metric, arguments.stem))
     if arguments.config_name is not None:
         source = name_options(source, arguments.config_name, arguments.overrides)

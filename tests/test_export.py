@@ -21,6 +21,7 @@ import checkpoint
 import export
 from tests.support.experts import moe_vit, save_weights
 from tests.support.models import (
+    DIM,
     EVERYTHING,
     EXPERTS,
     HEADS,
@@ -661,7 +662,21 @@ ERRORS = {
     "must end in .pt or .pth": "{root} --to timm --output x",
     "must be a folder": "{root} --to dcp --output x.pt",
     "raise --max-shard-gb": "{root} --to safetensors --output x.safetensors --max-shard-gb=1e-5",
-    "must be more than 0, and is for": "{root} --to dcp --output x --max-shard-gb=2",
+    "is for safetensors, not for dcp": "{root} --to dcp --output x --max-shard-gb=2",
+    **{
+        f"--max-shard-gb {shown}: must be more than 0, at most 1000000": (
+            f"{{root}} --to safetensors --output x --max-shard-gb={typed}"
+        )
+        for typed, shown in {
+            "inf": "inf",
+            "nan": "nan",
+            "0": "0.0",
+            "-1": "-1.0",
+            "1e300": r"1e\+300",
+        }.items()
+    },
+    "invalid float value: 'a'": "{root} --to safetensors --output x --max-shard-gb=a",
+    "--output: must name a file or folder": "{root} --to mtl --output=",
     "model.vit.depth=3: has no effect": "{root} model.vit.depth=3 --to dcp --output x",
     "has options of its own": "{root} --to dcp --output x --config-name vit_tiny_patch8_64",
     "--metric .1: has no effect without --pick best": "{root} --to dcp --output x --metric +1",
@@ -687,6 +702,79 @@ def test_a_mistake_is_one_line_and_exit_code_2(dense_run, tmp_path, monkeypatch,
     assert code == 2
     assert re.search(message, line)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("to", "name", "message"),
+    [
+        ("torch", "file/x.pt", "file is not a folder"),
+        ("dcp", "file/x", "file is not a folder"),
+        ("dcp", "file", "is not a folder, which this writes"),
+        ("safetensors", "file", "is not a folder, which this writes"),
+        ("torch", "folder.pt", "is not a file, which this writes"),
+        ("safetensors", "folder.safetensors", "is not a file, which this writes"),
+        ("torch", "fifo.pt", "is not a file, which this writes"),
+        ("torch", "link.pt", "is a symbolic link"),
+        ("torch", "dangling.pt", "is a symbolic link"),
+        ("torch", "loop.pt", "is a symbolic link"),
+        ("dcp", "export-link", "is a symbolic link"),
+    ],
+)
+def test_an_output_that_cannot_be_written_there_is_refused_and_left(
+    dense_run, tmp_path, capsys, to, name, message, overwrite
+):
+    (tmp_path / "file").write_text("mine")
+    for folder in ("folder.pt", "folder.safetensors", "export"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "export" / ".metadata").write_text("")
+    os.mkfifo(tmp_path / "fifo.pt")
+    links = {"link.pt": "file", "dangling.pt": "no", "loop.pt": "loop.pt", "export-link": "export"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    arguments = [dense_run[0], "--to", to, "--output", tmp_path / name, *overwrite]
+    line = refused(capsys, *arguments)
+    assert line.startswith(f"error: --output {tmp_path / name}: ")
+    assert message in line
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_home_folder_in_an_option_is_the_home_folder(dense_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(dense_run[0], "--to", "torch", "--output=~/out.pt") == 0
+    assert (tmp_path / "out.pt").is_file()
+    assert convert("~/out.pt", "--to", "safetensors", "--output=~/out") == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float8_e4m3fn"])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "mtl"])
+def test_weights_that_are_no_real_numbers_are_refused_by_name(tmp_path, capsys, dtype, suffix):
+    model, options = model_of(recipe="vit_tiny_patch8_64")
+    weights = {
+        **model.state_dict(),
+        "blocks.1.norm1.bias": torch.ones(DIM).to(getattr(torch, dtype)),
+    }
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "safetensors":
+        weight_files.write_safetensors(path, weights, metadata={}, max_bytes=10**9)
+    else:
+        meta = {"meta": {"expert_format": "global"}} if suffix == "mtl" else {}
+        torch.save({"state_dict": weights, "config": json.dumps(options), **meta}, path)
+    line = refused(capsys, path, "--to", "torch", "--output", tmp_path / "out.pt")
+    assert line == (
+        f"error: {'weights' if suffix == 'mtl' else path}: blocks.1.norm1.bias is {dtype}, "
+        "must be one of float16, bfloat16, float32, float64"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_real_numbers_keep_their_dtype(tmp_path, dtype):
+    model, options = model_of(recipe="vit_tiny_patch8_64")
+    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    torch.save({"model": weights, "config": json.dumps(options)}, tmp_path / "x.pt")
+    assert convert(tmp_path / "x.pt", "--to", "safetensors", "--output", tmp_path / "x") == 0
+    assert_equal(read_source(tmp_path / "x", Choice()).weights(), weights)
 
 
 def test_weights_that_are_not_there_are_an_error(ranks, tmp_path, capsys):

@@ -494,7 +494,9 @@ def test_a_model_of_timm_is_loaded_by_name(monkeypatch, dense):
         return dense
 
     monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(dense, "pretrained_cfg", {"crop_pct": 0.9}, raising=False)
     found = pretrained.read("deit_tiny_patch16_224")
+    assert found.preprocessing == {"crop_pct": 0.9}
     assert asked == [("deit_tiny_patch16_224", True)]
     assert (found.num_heads, found.grid_hw) == (3, (4, 4))
     assert found.weights.keys() == dense.state_dict().keys()

@@ -111,7 +111,10 @@ def _from_timm(name: str) -> Pretrained:
         raise ValueError(f"config init.checkpoint={name}: is no ViT: {type(model).__name__}")
     bare, second = warm_start.split_distillation(model.state_dict())
     weights = {**formats.from_timm(bare), **second}
-    heads, about = model.blocks[0].attn.num_heads, preprocessing.parse(model.pretrained_cfg)
+    heads, about = (
+        model.blocks[0].attn.num_heads,
+        preprocessing.parse(model.pretrained_cfg),
+    )
     return Pretrained(weights, f"timm {name}", heads, model.patch_embed.grid_size, about)
 
 

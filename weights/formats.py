@@ -23,12 +23,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch import cat as concatenate
 
 Weights = dict[str, Tensor]
 Json = Mapping[str, object]
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TO_MTL = {
     "mlp.router.gate.weight": "mlp.gate.w_gate",
     "mlp.router.gate.noise.weight": "mlp.gate.w_noise",
@@ -97,6 +98,19 @@ def listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     rest = f" and {len(ordered) - 6} more" if len(ordered) > 6 else ""
     return ", ".join(ordered[:6]) + rest
+
+
+def check_dtypes(weights: Weights, origin: str) -> None:
+    """Refuse weights that are not real numbers: a model would take them, rounded or cut.
+
+    Raises:
+        ValueError: The first of them is named.
+    """
+    for name, tensor in weights.items():
+        if tensor.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{origin}: {name} is {found}, must be one of {allowed}")
 
 
 def option(model: object, dotted: str) -> object:
@@ -342,7 +356,7 @@ def _joined(split: Sequence[Weights]) -> Weights:
         lacking = [rank for rank, shard in enumerate(split) if name not in shard]
         if lacking:
             raise ValueError(f"shards {lacking} have no {name}")
-        theirs[name] = concatenate([shard[name] for shard in split])
+        theirs[name] = torch.cat([shard[name] for shard in split])
     return theirs
 
 
@@ -352,6 +366,8 @@ def merge_shards(shards: Sequence[Weights], *, source: str) -> MtlFile:
     Expert tensors are joined in that order, which is that of the gate's columns, unless each rank
     has all experts already. All else is the first rank's; final norm and head are kept aside.
     """
+    for shard in shards:
+        check_dtypes(shard, "weights")
     split = [encoder_of(shard) for shard in shards]
     (theirs, top), num_shards = split[0], 1
     if missing_experts(theirs):

@@ -41,6 +41,11 @@ class Source:
     pretrained_cfg: Json = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        is_mtl = isinstance(self.content, MtlFile)
+        tensors: Weights = self.content.weights if is_mtl else self.content  # type: ignore[assignment, union-attr]
+        formats.check_dtypes(tensors, self.origin)
+
     @property
     def preprocessing(self) -> Json:
         """How images were prepared in training, in timm's words; {} if unknown."""
