@@ -34,8 +34,9 @@ from options import compose
 from options.schema import Config, walk
 from parallel import distributed
 from parallel.distributed import World
+from parallel.terminal import show_result
 from training import loaders, network, scoring, stopping
-from training.logbook import print_table
+from training.logbook import as_table
 from training.network import name_options
 from weights.files import write_text
 from weights.sources import BEST, Choice, Source, other_classes, picked_metric, read_source
@@ -123,7 +124,7 @@ def score(
     """
     index = loaders.find_val_images(config, world)
     if world.is_main and (others := other_classes(trained, index.classes)):
-        print(f"note: {index.root}: {others}")
+        show_result(f"note: {index.root}: {others}")
     num_classes = len(index.classes)
     sums_Y4 = scoring.score(
         model,
@@ -133,7 +134,7 @@ def score(
     ).cpu()
     figures = scoring.figures(sums_Y4)
     if world.is_main and scoring.is_guessing(figures, num_classes=num_classes):
-        print(
+        show_result(
             f"note: top-1 is no better than guessing ({100 / num_classes:.2f} %): are the labels "
             f"in {index.root} those that the weights were trained with?"
         )
@@ -153,7 +154,7 @@ def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> 
         for name, one in classes.items():
             others = f"top-5 {one['top5']:.2f} %, cross-entropy {one['loss']:.4f}"
             rows[name] = f"{one['top1']:.2f} % of {one['images']:.0f}, {others}"
-    print_table(origin, rows)
+    show_result(as_table(origin, rows))
 
 
 @torch.no_grad()
@@ -236,7 +237,7 @@ def run(arguments: argparse.Namespace) -> None:
             if world.is_main:
                 for path, pairs in guesses.items():
                     shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs)
-                    print(f"{path}: {shown}")
+                    show_result(f"{path}: {shown}")
         else:
             result = score(model, config, world, trained=source.classes)
             if world.is_main:

@@ -52,8 +52,9 @@ from typing import NoReturn
 
 from timm.utils import natural_key
 
+from parallel.terminal import show_result
 from training.network import name_options
-from training.stopping import EXIT_USER_ERROR, exit_code
+from training.stopping import EXIT_USER_ERROR, exit_code, leave
 from weights import commands, formats, preprocessing
 from weights import files as weight_files
 from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
@@ -256,9 +257,9 @@ def export(arguments: argparse.Namespace) -> None:
     source.print_notes()
     limit_gb = arguments.max_shard_gb or MAX_SHARD_GB
     write(source, path, to=arguments.to, max_bytes=int(limit_gb * GB))
-    print(f"wrote {path} ({arguments.to}) from {source.origin}")
+    show_result(f"wrote {path} ({arguments.to}) from {source.origin}")
     for line in notes(source, path, to=arguments.to):
-        print(line)
+        show_result(line)
 
 
 def _exit_by_signal(number: int, frame: FrameType | None) -> None:
@@ -287,4 +288,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

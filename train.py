@@ -35,6 +35,7 @@ from options import compose
 from options.schema import Config
 from parallel import collectives, distributed, sharding
 from parallel.distributed import World
+from parallel.terminal import say, show_result
 from training import (
     distillation,
     loaders,
@@ -44,7 +45,7 @@ from training import (
     run_folder,
     scoring,
 )
-from training.logbook import Logbook, print_table
+from training.logbook import Logbook, as_table
 from training.optim import Ema
 from training.resume import Start, note_start, open_folder, resume
 from training.run import Run
@@ -270,7 +271,7 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float], is_ol
     }
     rows |= scoring.load_summary(dict(figures), num_experts=run.config.model.moe.num_experts)
     done = ", all of them before this start" if is_old else ""
-    print_table(f"training is complete: {run.config.training.steps} steps{done}", rows)
+    say(as_table(f"training is complete: {run.config.training.steps} steps{done}", rows))
 
 
 def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> None:
@@ -336,7 +337,7 @@ def parse(argv: list[str]) -> Config:
         arguments.config_name, arguments.overrides, config_dir=arguments.config_dir
     )
     if arguments.print_config:
-        print(compose.to_yaml(config), end="")
+        show_result(compose.to_yaml(config).rstrip("\n"))
         raise SystemExit(0)
     return config
 

@@ -9,7 +9,6 @@ look alike, such as the same one at another size or quality.
 
 import hashlib
 import os
-import sys
 import time
 from array import array
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from images.index import ImageIndex
 from images.reading import PASSING, ImageReader, UnreadableError
 from parallel import collectives
 from parallel.distributed import World
+from parallel.terminal import warn
 
 UNKNOWN, UNREADABLE = 0, 1  # in place of a fingerprint
 PROBED_BYTES = 4096  # from the middle: files begin with headers, which are often the same
@@ -166,7 +166,7 @@ def check_copies(train: ImageIndex, val: ImageIndex, world: World, *, duplicates
     if lines and duplicates == "stop":
         raise ValueError(f"config dataset.duplicates=stop: {'; '.join(lines)}")
     for line in lines if world.is_main else []:
-        print(f"data: {line}", file=sys.stderr, flush=True)
+        warn(f"data: {line}")
 
 
 def _report(train: ImageIndex, val: ImageIndex) -> list[str]:

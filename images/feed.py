@@ -9,7 +9,6 @@ worker that dies or hangs stops the run.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from images.augment import Normaliser
 from images.batches import BadImage, Batch
+from parallel.terminal import warn
 
 Gather = Callable[[list[BadImage]], list[list[BadImage]]]
 AGREE_EVERY = 32  # batches between two counts over all ranks
@@ -71,7 +71,7 @@ class Tolerance:
             self.seen.add(bad.image)
             self._new.append(bad)
             line = f"{bad.line}; skipped {len(self.seen)} of at most {self.at_most}"
-            print(line, file=sys.stderr, flush=True)
+            warn(line)
         if self.gather is None:  # several ranks stop together, in agree()
             self._check()
 

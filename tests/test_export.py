@@ -579,11 +579,7 @@ def test_a_signal_while_dcp_writes_ends_the_export_and_leaves_nothing(
     monkeypatch.setattr(FileSystemWriter, "write_data", kill)
     before = signal.getsignal(signal.SIGTERM)
     arguments = [dense_run[0], "--to", "dcp", "--output", tmp_path / "x"]
-    if number == signal.SIGINT:
-        assert convert(*arguments) == 130
-    else:
-        with pytest.raises(SystemExit, match="143"):
-            convert(*arguments)
+    assert convert(*arguments) == 128 + number
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -595,8 +591,7 @@ def test_sigterm_leaves_no_half_written_file(dense_run, tmp_path, monkeypatch):
         time.sleep(5)
 
     monkeypatch.setattr(torch, "save", kill)
-    with pytest.raises(SystemExit, match="143"):
-        convert(dense_run[0], "--to", "torch", "--output", tmp_path / "x.pt")
+    assert convert(dense_run[0], "--to", "torch", "--output", tmp_path / "x.pt") == 143
     assert list(tmp_path.iterdir()) == []
 
 
@@ -694,10 +689,7 @@ ERRORS = {
 def test_a_mistake_is_one_line_and_exit_code_2(dense_run, tmp_path, monkeypatch, capsys, message):
     monkeypatch.chdir(tmp_path)
     arguments = ERRORS[message].format(root=dense_run[0], empty=tmp_path).split()
-    try:
-        code = export.main(arguments)
-    except SystemExit as stopped:
-        code = stopped.code
+    code = export.main(arguments)
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2
     assert re.search(message, line)

@@ -7,7 +7,6 @@ logits_2BY of the student's heads -> (1 - alpha) loss(class head) + alpha loss(s
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from options import compose
 from options.schema import Config, DistillationOptions
 from parallel.distributed import World
+from parallel.terminal import warn
 from training import losses, network
 from training.run import Criterion, Run
 from vit import VisionTransformer
@@ -70,7 +70,7 @@ def _of_ours(
     if dist.get_rank() == 0:
         source.print_notes()
         if others := other_classes(source.classes, classes):
-            print(f"note: distillation.teacher={path}: {others}", file=sys.stderr)
+            warn(f"note: distillation.teacher={path}: {others}")
     if not source.config:
         raise ValueError(f"config distillation.teacher={path}: has no options of a run ({hint})")
     trained = compose.restore(source.config, [])

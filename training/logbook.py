@@ -8,16 +8,18 @@ Rank 0 writes; on the other ranks every method does nothing, so the loop has no 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +29,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from options.schema import Config
+from parallel.terminal import give_up, say, warn
+from training.log_file import LogFile
+from weights.files import write_text
 
 PACKAGES = (
     "torch",
@@ -41,7 +46,9 @@ PACKAGES = (
 
 
 class _WandbRun(Protocol):
-    def log(self, values: Mapping[str, float], *, step: int) -> None: ...
+    def define_metric(self, name: str, *, step_metric: str | None = None) -> object: ...
+
+    def log(self, values: Mapping[str, float]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -75,7 +82,7 @@ def start_wandb(config: Config, folder: Path) -> _WandbRun | None:
         ) from error
     id_file = folder / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex)
+        write_text(id_file, uuid.uuid4().hex)
     run: _WandbRun = wandb.init(
         project=o.project,
         id=id_file.read_text(),
@@ -84,36 +91,66 @@ def start_wandb(config: Config, folder: Path) -> _WandbRun | None:
         mode=o.mode,
         config=dataclasses.asdict(config),
     )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
     return run
 
 
-def say(text: str) -> None:
-    """Print `text` without breaking the progress bar; a closed pipe does not end the run."""
-    if sys.stdout is None:
-        return
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Neither what is still buffered nor the interpreter's last flush may fail either.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+@functools.cache
+def _hide_board_tracebacks() -> None:
+    """Hide the traceback of TensorBoard's thread: the next `add_scalar` raises its error."""
+    report = threading.excepthook
+
+    def report_others(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            report(failure)
+
+    threading.excepthook = report_others
+
+
+def open_board(folder: Path, *, step: int) -> SummaryWriter:
+    """Return a writer of TensorBoard events that forgets what an earlier start logged after `step`.
+
+    Raises:
+        OSError: The folder is a link, whose target is not ours, or cannot be made.
+    """
+    if folder.is_symlink():
+        raise OSError(f"folder {folder}: a symbolic link, which is not followed; remove it")
+    _hide_board_tracebacks()
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 class Logbook:
-    """Writes a run's log; silent on every rank but 0."""
+    """Writes a run's log; silent on every rank but 0.
+
+    A sink that fails while the run goes on costs its lines alone: it is reported once, and at the
+    end with what was lost.
+    """
 
     def __init__(self, folder: Path, *, config: Config, is_main: bool, step: int) -> None:
-        self._file = self._board = self._wandb = self._bar = None
+        self._file: LogFile | None = None
+        self._board = self._wandb = self._bar = None
+        self._lost: Counter[str] = Counter()
+        self._tolerated: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError)
         if not is_main:
             return
         o = config.training
         self._wandb = start_wandb(config, folder)
-        self._file = (folder / "log.jsonl").open("a", buffering=1)
+        if self._wandb is not None:
+            self._tolerated += (sys.modules["wandb"].Error,)
+        self._file = LogFile(folder / "log.jsonl")
         if o.tensorboard:
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+            self._board = open_board(folder / "tensorboard", step=step)
         self._bar = tqdm(total=o.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+
+    def _try(self, sink: str, write: Callable[[], object]) -> None:
+        """Let `sink` write; what it raises is not worth the run."""
+        try:
+            write()
+        except self._tolerated as error:
+            self._lost[sink] += 1
+            if self._lost[sink] == 1:
+                warn(f"warning: {sink} cannot be written: {error}; the run goes on without")
 
     def event(self, name: str, **values: object) -> None:
         """Print one `name key=value ...` line and add it to log.jsonl.
@@ -122,9 +159,10 @@ class Logbook:
         """
         if self._file is None:
             return
-        self._file.write(json.dumps({"time": time.time(), "event": name, **values}) + "\n")
+        line = json.dumps({"time": time.time(), "event": name, **values})
+        self._try("log.jsonl", functools.partial(self._file.append, line))
         shown = [f"{key}={value}" for key, value in values.items() if "." not in key]
-        tqdm.write(" ".join([name, *shown]))
+        say(" ".join([name, *shown]))
 
     def metrics(self, kind: str, *, step: int, values: Mapping[str, float]) -> None:
         """Log figures of `kind` (train, val) after `step` updates to every sink."""
@@ -132,14 +170,23 @@ class Logbook:
         named = {f"{kind}/{key}": value for key, value in values.items()}
         if self._board is not None:
             for key, value in named.items():
-                self._board.add_scalar(key, value, step)
+                self._try(
+                    "TensorBoard", functools.partial(self._board.add_scalar, key, value, step)
+                )
         if self._wandb is not None:
-            self._wandb.log(named, step=step)
+            # A step of its own: W&B drops what a resumed run logs at a step that it has seen.
+            self._try("W&B", functools.partial(self._wandb.log, named | {"step": step}))
+
+    def _move_bar(self, move: Callable[[], object]) -> None:
+        try:
+            move()
+        except OSError:
+            give_up(sys.stderr)
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
         if self._bar is not None:
-            self._bar.update()
+            self._move_bar(self._bar.update)
 
     def show(self, **shown: str) -> None:
         """Show `shown` beside the progress bar until replaced."""
@@ -147,24 +194,30 @@ class Logbook:
             self._bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
-        """Flush and close every sink."""
-        for sink in (self._bar, self._board, self._file):
-            if sink is not None:
-                sink.close()
+        """Flush and close every sink, and say what was lost."""
+        if self._bar is not None:
+            self._move_bar(self._bar.close)
+        if self._board is not None:
+            self._try("TensorBoard", self._board.close)
+        if self._file is not None:
+            self._try("log.jsonl", self._file.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._try("W&B", self._wandb.finish)
+        for sink, count in self._lost.items():
+            warn(f"warning: {count} writes to {sink} failed")
 
 
-def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Print `rows` as a two-column table; values are never wrapped, so that they can be copied."""
+def as_table(title: str, rows: Mapping[str, str]) -> str:
+    """Return `rows` as a two-column table; values are not wrapped, so that they can be copied."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
     # Borders and padding of two columns take 7 characters.
     width = 7 + max(map(len, rows)) + max(map(len, rows.values()))
     # Not straight to stdout: rich ends the process if the pipe is closed. The encoding is stdout's
-    # because rich draws its lines in ASCII where that has nothing better.
+    # because rich draws its lines in ASCII where that has nothing better. Without markup, since a
+    # path may have square brackets.
     text = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
-    Console(file=text, width=width, soft_wrap=True).print(table)
+    Console(file=text, width=width, soft_wrap=True, markup=False, emoji=False).print(table)
     text.seek(0)
-    say(text.read().rstrip("\n"))
+    return text.read().rstrip("\n")

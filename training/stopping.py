@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import distributed, launch
+from parallel.terminal import give_up, warn
 from training.scoring import NonFiniteError
 from weights.dcp_writer import NonFiniteTensorError
 
@@ -146,16 +147,18 @@ def exit_code(
         at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
         line, code = f"{at}{lost}{RESUMES if is_training else ''}", EXIT_LOST_RANK
     except Stopped as reason:
-        print(f"stopped: {reason}{RESUMES}", file=sys.stderr, flush=True)
+        warn(f"stopped: {reason}{RESUMES}")
         return EXIT_STOPPED
     except KeyboardInterrupt:
         hint = "; the same command goes on from the last checkpoint, if any" if is_training else ""
-        print(f"stopped{hint}", file=sys.stderr)
+        warn(f"stopped{hint}")
         return EXIT_INTERRUPTED
+    except SystemExit as end:  # argparse's, after --help or a usage error
+        return int(end.code or 0)
     else:
         return 0
     where = f" (rank {launch.shown_rank()})" if has_ranks else ""
-    print(f"error{where}: {line}", file=sys.stderr, flush=True)
+    warn(f"error{where}: {line}")
     return code
 
 
@@ -165,7 +168,10 @@ def leave(code: int) -> None:
     After an error sys.exit would not do: on CUDA the interpreter's shutdown would wait for ranks
     that are waiting for this one.
     """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # the interpreter would fail at it once more
+            give_up(stream)
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)

@@ -11,10 +11,10 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from parallel.terminal import warn
 from weights import files as weight_files
 from weights import formats, preprocessing, verify
 from weights.dcp_writer import MANIFEST, METADATA
@@ -59,7 +59,7 @@ class Source:
     def print_notes(self) -> None:
         """Say on stderr what was passed over, and what else a user should know."""
         for line in (*(f"passed over {problem}" for problem in self.passed_over), *self.notes):
-            print(f"note: {line}", file=sys.stderr)
+            warn(f"note: {line}")
 
 
 @dataclasses.dataclass(frozen=True)
