@@ -1,5 +1,6 @@
 """Figures of validation: what they are, whatever the run trains with."""
 
+import gc
 import json
 import math
 
@@ -8,6 +9,7 @@ import torch
 
 import evaluate
 import train
+from images.batches import Batch
 from training import scoring
 
 
@@ -19,6 +21,48 @@ def test_loss_is_the_cross_entropy_of_the_labels_by_hand():
     second = math.log(2 + math.e)
     expected = {"val_images": 2, "val_loss": (first + second) / 2, "top1": 50, "top5": 100}
     assert figures == pytest.approx(expected)
+
+
+class Fixed(torch.nn.Module):
+    """Gives every image the same logits, whose number of classes no other tensor here has."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.logits_Y = torch.linspace(0, 1, num_classes)
+
+    def forward(self, image_BCHW):
+        return self.logits_Y.expand(len(image_BCHW), -1)
+
+
+def score_and_count(world, num_batches, num_classes):
+    label_B = torch.tensor([0, 1, scoring.NOT_COUNTED])
+    batch = Batch(torch.zeros(3, 3, 2, 2), label_B, torch.arange(3))
+    alive = []
+
+    def after_batch():
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+        alive.append(sum(found.numel() for found in tensors if num_classes in found.shape))
+
+    sums_Y4 = scoring.score(
+        Fixed(num_classes),
+        [batch] * num_batches,
+        device=world.device,
+        dtype=torch.float32,
+        after_batch=after_batch,
+    )
+    return alive, sums_Y4
+
+
+def test_memory_of_validation_does_not_grow_with_its_batches(ranks):
+    num_batches, num_classes = 20, 503
+    ((alive, sums_Y4),) = ranks(1, score_and_count, num_batches, num_classes)
+    assert len(alive) == num_batches
+    assert alive[-1] == alive[1] > 0
+    partition = torch.linspace(0, 1, num_classes).double().exp().sum().log().item()
+    worst_two = [[20, 20 * (partition - z), 0, 0] for z in (0, 1 / (num_classes - 1))]
+    torch.testing.assert_close(sums_Y4[:2], torch.tensor(worst_two).double(), rtol=1e-6, atol=0)
+    assert sums_Y4[2:].count_nonzero() == 0
 
 
 def test_a_run_with_another_loss_reports_cross_entropy_and_calls_it_so(ranks, small_run, tmp_path):
@@ -33,7 +77,7 @@ def test_a_run_with_another_loss_reports_cross_entropy_and_calls_it_so(ranks, sm
 
     def trained(world):
         shown = []
-        train.print_table = lambda _title, rows: shown.append(dict(rows))
+        train.as_table = lambda _title, rows: shown.append(dict(rows)) or ""
         train.train(config, world)
         return shown[0]
 

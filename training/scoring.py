@@ -60,15 +60,14 @@ def score(
     was_training = model.training
     model.eval()
     try:
-        parts = []
+        sums_Y4 = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
             image_BCHW = batch.image_BCHW.to(device, dtype, non_blocking=True)
             label_B = batch.label_B.to(device, non_blocking=True)
-            parts.append(_sums(model(image_BCHW).float(), label_B))
+            sums_Y4 = sums_Y4 + _sums(model(image_BCHW).float(), label_B)
             after_batch()
     finally:
         model.train(was_training)
-    sums_Y4 = torch.stack(parts).sum(0)
     dist.all_reduce(sums_Y4)
     return sums_Y4
 
