@@ -178,7 +178,10 @@ def read_names(path: Path | None, num_classes: int, ids: Sequence[str]) -> list[
     """Return the classes' names, one per line of `path`; without it their ids, else numbers."""
     if path is None:
         return list(ids) or [str(number) for number in range(num_classes)]
-    names = path.read_text("utf-8").splitlines()
+    try:
+        names = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--names {path}: must be UTF-8 text: {error}") from error
     if len(names) != num_classes:
         raise ValueError(f"--names {path}: must have {num_classes} lines, not {len(names)}")
     return names
@@ -192,7 +195,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options of train.py")
     parser.add_argument("--config-name", "-cn", metavar="NAME", help="recipe of the model")
-    parser.add_argument("--weights", choices=("model", "ema"), default="model", help="which")
+    parser.add_argument("--weights", choices=("model", "ema"), help="which")
     parser.add_argument(
         "--pick", choices=("newest", "best"), default="newest", help="of a run's checkpoints"
     )

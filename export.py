@@ -211,9 +211,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="after --config-name")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, type=_path, metavar="PATH")
-    parser.add_argument(
-        "--weights", choices=("model", "ema"), default="model", help="as trained, or their average"
-    )
+    parser.add_argument("--weights", choices=("model", "ema"), help="as trained, or their average")
     parser.add_argument(
         "--pick", choices=("newest", "best"), default="newest", help="of a run folder's checkpoints"
     )

@@ -507,6 +507,12 @@ class InitOptions:
     checkpoint: str | None = option(
         None, "file (torch, safetensors), checkpoint or run folder, or a name of timm's models"
     )
+    weights: str | None = option(
+        None,
+        "weights of that file or run as trained, or their average; null: the average in a file of "
+        "timm, DeiT or M3ViT, if it has one, else as trained",
+        choices=(None, "model", "ema"),
+    )
     experts: str | None = option(
         None,
         "what replaces dense MLPs; null: random in deit_warm_start, copy or split in upcycling",

@@ -23,7 +23,7 @@ from parallel.collectives import ExpertExchange
 from routers.router import Router
 from vit import VisionTransformer
 from weights import formats, preprocessing
-from weights.formats import MtlFile
+from weights.formats import MtlFile, Weights
 from weights.sources import Source
 
 CPU = torch.device("cpu")
@@ -152,6 +152,35 @@ def flops_per_image(config: Config, *, training: bool = True) -> int:
     return counter.get_total_flops()
 
 
+# By a parameter, the option that makes it: its value with the parameter, and without.
+_TELLTALES = {
+    "cls_token": ("class_token", "true", "false"),
+    "dist_token": ("distilled", "true", "false"),
+    "fc_norm.weight": ("global_pool", "avg", "token"),
+    "attn_pool.latent": ("global_pool", "map", "token"),
+    "norm_pre.weight": ("pre_norm", "true", "false"),
+    "blocks.0.ls1.gamma": ("init_values", "1e-5", "null"),
+    "blocks.0.attn.q_norm.weight": ("qk_norm", "true", "false"),
+    "blocks.0.attn.qkv.bias": ("qkv_bias", "true", "false"),
+    "blocks.0.attn.proj.bias": ("proj_bias", "true", "false"),
+}
+
+
+def _advice(weights: Weights, expected: Weights) -> str:
+    """Return which options would make a model of these weights, as far as names and shapes tell."""
+    given = {
+        option: present if name in weights else absent
+        for name, (option, present, absent) in _TELLTALES.items()
+        if (name in weights) != (name in expected)
+    }
+    for name, option, dim in (("reg_token", "reg_tokens", 1), ("head.weight", "num_classes", 0)):
+        ours, theirs = (tensors.get(name) for tensors in (expected, weights))
+        sizes = [0 if tensor is None else tensor.shape[dim] for tensor in (ours, theirs)]
+        if sizes[0] != sizes[1]:
+            given[option] = str(sizes[1])
+    return "".join(f" model.vit.{option}={value}" for option, value in given.items())
+
+
 def name_options(source: Source, config_name: str, overrides: list[str]) -> Source:
     """Return `source` with the options of a recipe, if its names and shapes are that model's.
 
@@ -175,7 +204,9 @@ def name_options(source: Source, config_name: str, overrides: list[str]) -> Sour
             shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
             problems.append(f"{name} is {shapes}")
     if problems:
-        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}")
+        advice = _advice(weights, expected)
+        fix = f"; it may be one with{advice}" if advice else ""
+        raise ValueError(f"{source.origin} is no {config_name}: {formats.listed(problems)}{fix}")
     options, notes = dataclasses.asdict(config), source.notes
     asked = preprocessing.of_options(options)
     if differs := preprocessing.differences(source.preprocessing, asked):

@@ -72,7 +72,7 @@ def _pair(value: object) -> tuple[int, int] | None:
 def _grid(img_size: object, patch_size: object) -> tuple[int, int] | None:
     """Return the patches down and across, if both sizes are known."""
     image, patch = _pair(img_size), _pair(patch_size)
-    if image is None or patch is None:
+    if image is None or patch is None or min(patch) < 1:
         return None
     return image[0] // patch[0], image[1] // patch[1]
 
@@ -86,9 +86,9 @@ def _options(source: Source) -> Mapping[str, object]:
     return source.content.meta if isinstance(source.content, MtlFile) else {}
 
 
-def _read_source(path: Path) -> tuple[Source, Weights]:
+def _read_source(path: Path, choice: Choice) -> tuple[Source, Weights]:
     """Read what is at `path`, and apart from it what a distilled model of M3ViT has in addition."""
-    source = read_source(path, Choice())
+    source = read_source(path, choice)
     if not isinstance(source.content, MtlFile):
         return source, {}
     encoder, second = warm_start.split_distillation(source.content.weights)
@@ -118,11 +118,14 @@ def _from_timm(name: str) -> Pretrained:
     return Pretrained(weights, f"timm {name}", heads, model.patch_embed.grid_size, about)
 
 
-def read(checkpoint: str) -> Pretrained:
-    """Read a file or folder, or the model of timm of that name if there is neither."""
+def read(checkpoint: str, which: str | None = None) -> Pretrained:
+    """Read a file or folder, or the model of timm of that name if there is neither.
+
+    `which` is "model" or "ema" where there are several weights; None: see weights.sources.Choice.
+    """
     path = Path(checkpoint).expanduser()
     if path.exists():
-        source, second = _read_source(path)
+        source, second = _read_source(path, Choice(which))
         source.print_notes()
         options = _options(source)
         heads = options.get("num_heads")
@@ -135,15 +138,19 @@ def read(checkpoint: str) -> Pretrained:
             source.classes,
         )
     if timm.is_model(checkpoint):
+        if which is not None:
+            raise ValueError(
+                f"config init.weights={which}: timm's {checkpoint} has one set of them"
+            )
         return _from_timm(checkpoint)
     raise FileNotFoundError(
         f"config init.checkpoint={checkpoint}: no such file or folder, and no model of timm"
     )
 
 
-def read_on_main(checkpoint: str, *, is_main: bool) -> Pretrained:
+def read_on_main(checkpoint: str, which: str | None, *, is_main: bool) -> Pretrained:
     """Read on rank 0 and return it on every rank, in fp32 on the CPU. Collective."""
-    found = capture(read, checkpoint) if is_main else None
+    found = capture(read, checkpoint, which) if is_main else None
     about: Pretrained | Exception | None = found
     if isinstance(found, Pretrained):
         shapes = {name: tensor.to("meta") for name, tensor in found.weights.items()}
@@ -164,7 +171,10 @@ def _install(run: Run, initial: Initial, *, origin: str) -> None:
     values = initial.values
     for shard in run.shards:
         if shard.name in values:
-            value = values[shard.name]()
+            try:
+                value = values[shard.name]()
+            except RuntimeError as error:  # parts of an MLP that do not fit together
+                raise ValueError(f"{origin}: {shard.name} cannot be made: {error}") from error
             if value.shape != shard.main.shape:
                 raise ValueError(
                     f"{origin}: {shard.name} would be {tuple(value.shape)}, must be "
@@ -193,7 +203,7 @@ def begin(run: Run) -> Beginning:
     if o.checkpoint is None:
         job = Job({}, target, InitOptions(mode="scratch"), origin="")
         return Beginning("scratch", warm_start.initial_weights(job))
-    found = read_on_main(o.checkpoint, is_main=run.world.is_main)
+    found = read_on_main(o.checkpoint, o.weights, is_main=run.world.is_main)
     num_heads, origin = run.config.model.vit.num_heads, f"config init.checkpoint={o.checkpoint}"
     if found.num_heads not in (None, num_heads):
         raise ValueError(

@@ -1,20 +1,19 @@
-"""Weights in files: pickles without code, safetensors in one file or many, Torch DCP, shards.
+"""Weights in files: safetensors in one file or many, Torch DCP, shards.
 
     path -> read_pickle | read_safetensors | read_dcp -> names and tensors on the CPU
     names and tensors -> write_pickle | write_safetensors | write_dcp -> path
 
 One process, no process group. A file gets its name when every byte is on disk, and the permissions
-that the umask gives. What names and shapes mean is for formats.py.
+that the umask gives. How a pickle is read is in pickles.py, what names mean in formats.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import pickle
 import re
 import shutil
-import struct
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,39 +33,19 @@ from weights import dcp_writer
 from weights.dcp_reader import SafeReader
 from weights.dcp_writer import FileFacts, fsync, sha256
 from weights.formats import Json, Weights, listed
+from weights.pickles import BROKEN, check_regular, read_pickle
 
+__all__ = ["read_pickle"]
+# An index of 100,000 tensors has some 10 MB.
+_MAX_JSON_BYTES = 64 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # A file of one rank: `3.pth`, or `<stem>_rank3.pth`.
-_SHARD = re.compile(r"(?:(?P<stem>.+)_rank)?(?P<rank>\d+)\.pth")
+_SHARD = re.compile(r"(?:(?P<stem>.+)_rank)?(?P<rank>[0-9]+)\.pth")
+_MOST_SHARED = 4  # names of one tensor, on average
+_SHOWN = 6  # ranks of missing files
 # One of several files of a model.
 _PART = re.compile(r".+-\d+-of-(?P<files>\d+)\.safetensors")
-_BLOCKED = re.compile(r"(?:GLOBAL|class|function) ([\w.]*\w)")
-# What the restricted unpickler raises for a file with code and for a damaged one.
-_DAMAGED = (
-    pickle.UnpicklingError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
-
-
-def read_pickle(path: Path) -> object:
-    """Return what `torch.save` wrote to `path`, on the CPU: tensors and plain values only."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        # torch's advice, before the reason, has the very words that are searched for.
-        reason = str(error).rpartition("trusted source.")[2]
-        if isinstance(error, pickle.UnpicklingError) and (blocked := _BLOCKED.search(reason)):
-            problem = f"wants {blocked[1]}: refused, and nothing was run"
-        else:
-            problem = f"damaged, or not of tensors and plain values ({type(error).__name__})"
-        raise ValueError(f"file {path}: {problem}") from error
 
 
 def _delete(path: Path) -> None:
@@ -118,7 +97,14 @@ def write_pickle(path: Path, content: Mapping[str, object]) -> None:
 
 
 def read_json(path: Path) -> Json:
-    """Return the JSON object in a file."""
+    """Return the object in a JSON file of a model's folder.
+
+    Raises:
+        ValueError: It is none, or larger than any such file.
+    """
+    check_regular(path)
+    if (num_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"file {path}: has {num_bytes} bytes, at most {_MAX_JSON_BYTES}")
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -156,11 +142,12 @@ def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
     weights: Weights = {}
     metadata: dict[str, str] = {}
     for file in _safetensors_files(path):
+        check_regular(file)
         try:
             with safetensors.safe_open(file, framework="pt") as opened:
                 metadata |= opened.metadata() or {}
                 weights |= {name: opened.get_tensor(name) for name in opened.keys()}
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, *BROKEN) as error:
             raise ValueError(f"file {file}: damaged: {error}") from error
     return weights, metadata
 
@@ -259,7 +246,10 @@ def shard_files(folder: Path, *, stem: str | None) -> list[Path]:
     sets: dict[str, dict[int, Path]] = {}
     for path in folder.iterdir():
         if match := _SHARD.fullmatch(path.name):
-            sets.setdefault(match["stem"] or "", {})[int(match["rank"])] = path
+            of_ranks = sets.setdefault(match["stem"] or "", {})
+            other = of_ranks.setdefault(int(match["rank"]), path)
+            if other is not path:
+                raise ValueError(f"folder {folder}: {other.name} and {path.name} are of one rank")
     if stem is None and len(sets) > 1:
         names = ", ".join(repr(name) for name in sorted(sets))
         raise ValueError(f"folder {folder}: has files of {names}: choose one by --stem")
@@ -269,11 +259,15 @@ def shard_files(folder: Path, *, stem: str | None) -> list[Path]:
             f"folder {folder}: has no checkpoint step_<n>_loss_<x>, no {SINGLE_NAME}, and no file "
             f"{stem or '<stem>'}_rank<r>.pth or <r>.pth"
         )
-    missing = sorted(set(range(max(chosen) + 1)) - set(chosen))
-    if missing:
+    # No list of all ranks up to the last one: a file's name can make it as long as it likes.
+    num_missing = max(chosen) + 1 - len(chosen)
+    if num_missing:
+        ranks = (rank for rank in range(max(chosen)) if rank not in chosen)
+        first = list(itertools.islice(ranks, _SHOWN))
+        more = f" and {num_missing - len(first)} more" if num_missing > len(first) else ""
         raise ValueError(
-            f"folder {folder}: the files of ranks {missing} are missing, "
-            f"{', '.join(chosen[rank].name for rank in sorted(chosen))} are there"
+            f"folder {folder}: the files of ranks {first}{more} are missing, "
+            f"{listed(path.name for path in chosen.values())} are there"
         )
     return [chosen[rank] for rank in sorted(chosen)]
 
@@ -285,3 +279,28 @@ def is_tensors(value: object) -> bool:
         and bool(value)
         and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in value.items())
     )
+
+
+def check_dense(weights: Weights, path: Path) -> None:
+    """Refuse tensors without values in memory, or that are far more than the file has of them.
+
+    A tensor may repeat one value without end, and one storage may have many names: copies of such
+    tensors would take any amount of memory.
+
+    Raises:
+        ValueError: The tensor is named.
+    """
+    for name, tensor in weights.items():
+        kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        kind = "nested" if tensor.is_nested else tensor.device.type if tensor.is_meta else kind
+        if kind != "strided":
+            raise ValueError(f"file {path}: {name} is a {kind} tensor, must be a plain one")
+        held = tensor.untyped_storage().nbytes()
+        if tensor.nbytes > held:
+            raise ValueError(
+                f"file {path}: {name} of shape {tuple(tensor.shape)} needs {tensor.nbytes} bytes, "
+                f"the file has {held} of it"
+            )
+    total, held = sum(tensor.nbytes for tensor in weights.values()), path.stat().st_size
+    if total > _MOST_SHARED * held:
+        raise ValueError(f"file {path}: has {held} bytes, its tensors need {total}")

@@ -48,12 +48,12 @@ _BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 _TOP = re.compile(r"(norm|fc_norm|head|attn_pool)\..+")
 _HEAD_OF_WRAPPER = re.compile(r"(norm|head|head_dist)\..+")
 _PREFIXES = ("backbone.", "encoder.")
-_EXPERTS_OF_MTL = re.compile(r"blocks\.\d+\.mlp\.experts\.(htoh4|h4toh)\.(weight|bias)")
+EXPERTS_OF_MTL = re.compile(r"blocks\.\d+\.mlp\.experts\.(htoh4|h4toh)\.(weight|bias)")
 _ENCODER_OF_BOTH = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|"
     r"blocks\.\d+\.(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)"
 )
-_DENSE = re.compile(
+DENSE = re.compile(
     r"cls_token|reg_token|dist_token|pos_embed|"
     r"(patch_embed\.proj|norm_pre|norm|fc_norm|head|head_dist)\.(weight|bias)|"
     r"attn_pool\.(latent|(q|kv|proj|norm|mlp\.fc[12])\.(weight|bias))|"
@@ -129,7 +129,7 @@ def to_timm(weights: Weights) -> Weights:
     Raises:
         ValueError: timm has no such parameters: the model has experts.
     """
-    unknown = [name for name in weights if not _DENSE.fullmatch(name)]
+    unknown = [name for name in weights if not DENSE.fullmatch(name)]
     if unknown:
         raise ValueError(f"weights {listed(unknown)}: timm's ViT has no such parameters")
     return dict(weights)
@@ -141,7 +141,7 @@ def to_nvidia(weights: Weights) -> Weights:
     Raises:
         ValueError: The recipe has no such parameters, or cannot be without some.
     """
-    extra = [name for name in weights if not _DENSE.fullmatch(name) or "dist" in name]
+    extra = [name for name in weights if not DENSE.fullmatch(name) or "dist" in name]
     if extra:
         raise ValueError(f"weights {listed(extra)}: NVIDIA's ViT recipe has no such parameters")
     if "pos_embed" not in weights:
@@ -152,6 +152,11 @@ def to_nvidia(weights: Weights) -> Weights:
 def is_nvidia(weights: Weights) -> bool:
     """Return whether names are those of NVIDIA's ViT recipe, as it or Megatron-FSDP saves them."""
     return any(name.removeprefix("module.") in _FROM_NVIDIA for name in weights)
+
+
+def unknown_names(weights: Weights) -> list[str]:
+    """Return the names that no parameter of our ViT has."""
+    return [n for n in weights if not any(part.fullmatch(n) for part in (DENSE, _MOE_OF_OURS))]
 
 
 def from_timm(weights: Weights) -> Weights:
@@ -166,9 +171,7 @@ def from_timm(weights: Weights) -> Weights:
     renamed = {_FROM_NVIDIA.get(name, name): tensor for name, tensor in bare.items()}
     if len(renamed) < len(weights):
         raise ValueError(f"weights: {len(weights) - len(renamed)} have the same names as others")
-    known = (_DENSE, _MOE_OF_OURS)
-    unknown = [name for name in renamed if not any(part.fullmatch(name) for part in known)]
-    if unknown:
+    if unknown := unknown_names(renamed):
         raise ValueError(f"weights {listed(unknown)}: our ViT has no such parameters")
     return renamed
 
@@ -305,7 +308,7 @@ def to_mtl(weights: Weights, *, model: Json, config_json: str) -> MtlFile:
 
 def _meta(theirs: Weights, *, num_shards: int, source: str) -> dict[str, object]:
     """Return the five entries that every global file of M3ViT has."""
-    sizes = [len(tensor) for name, tensor in theirs.items() if _EXPERTS_OF_MTL.fullmatch(name)]
+    sizes = [len(tensor) for name, tensor in theirs.items() if EXPERTS_OF_MTL.fullmatch(name)]
     num_experts = max(sizes, default=0)
     return {
         "expert_format": "global",
@@ -318,7 +321,7 @@ def _meta(theirs: Weights, *, num_shards: int, source: str) -> dict[str, object]
 
 def missing_experts(theirs: Weights) -> str | None:
     """Say which experts are not in M3ViT's tensors, comparing them with the gate; None: all are."""
-    for name in filter(_EXPERTS_OF_MTL.fullmatch, theirs):
+    for name in filter(EXPERTS_OF_MTL.fullmatch, theirs):
         found, gate = len(theirs[name]), name.partition("experts.")[0] + "gate."
         sizes = [t.shape[1] for k, t in theirs.items() if k.startswith(gate) and t.ndim == 2]
         if not sizes:
@@ -329,9 +332,17 @@ def missing_experts(theirs: Weights) -> str | None:
 
 
 def is_m3vit(weights: Weights) -> bool:
-    """Return whether a state dict has M3ViT's experts, or the prefixes of its training."""
+    """Return whether a state dict has M3ViT's experts, or its encoder under a prefix of its own.
+
+    Other projects use these prefixes too, but put a norm, LayerScale or a head behind them.
+    """
     bare = [name.removeprefix("module.") for name in weights]
-    return any(name.startswith(_PREFIXES) or ".mlp.experts.h" in name for name in bare)
+    if any(".mlp.experts.h" in name for name in bare):
+        return True
+    inside = [n.removeprefix(p) for p in _PREFIXES for n in bare if n.startswith(p)]
+    return bool(inside) and all(
+        name == "dist_token" or _ENCODER_OF_BOTH.fullmatch(name) for name in inside
+    )
 
 
 def encoder_of(weights: Weights) -> tuple[Weights, Weights]:
@@ -352,10 +363,14 @@ def encoder_of(weights: Weights) -> tuple[Weights, Weights]:
 def _joined(split: Sequence[Weights]) -> Weights:
     """Return the first rank's tensors, with the experts of all ranks in rank order."""
     theirs = dict(split[0])
-    for name in [name for name in theirs if _EXPERTS_OF_MTL.fullmatch(name)]:
+    for name in [name for name in theirs if EXPERTS_OF_MTL.fullmatch(name)]:
         lacking = [rank for rank, shard in enumerate(split) if name not in shard]
         if lacking:
             raise ValueError(f"shards {lacking} have no {name}")
+        shapes = {tuple(shard[name].shape[1:]) for shard in split}
+        if len(shapes) > 1:
+            shown = " and ".join(map(str, sorted(shapes)))
+            raise ValueError(f"{name}: the ranks' experts have shapes {shown}, must have one")
         theirs[name] = torch.cat([shard[name] for shard in split])
     return theirs
 

@@ -15,13 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from parallel.terminal import warn
+from weights import families, formats, hub, preprocessing, verify
 from weights import files as weight_files
-from weights import formats, preprocessing, verify
 from weights.dcp_writer import MANIFEST, METADATA
-from weights.formats import Json, MtlFile, Weights
+from weights.formats import Json, MtlFile, Weights, listed
 from weights.verify import Checkpoint
 
 BEST = "-val_loss"
+# Where files of torch.save have weights, and where their average.
+_TRAINED = ("state_dict", "model", "teacher", "module", "model_state_dict")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema")
+_OF_TRANSFORMERS = "pytorch_model.bin"
+_MOST_LEVELS = 8  # of sections and lists in options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +71,13 @@ class Source:
 class Choice:
     """What to take where a source holds several.
 
-    weights: "model" as trained, or "ema" for their average.
+    weights: "model" as trained, or "ema" for their average; None: the model, but the average of a
+        file of timm, DeiT or M3ViT that has one, as timm's own loader does.
     metric: the best of a run's checkpoints by this figure; None for the newest.
     stem: the files <stem>_rank<r>.pth of a folder.
     """
 
-    weights: str = "model"
+    weights: str | None = None
     metric: str | None = None
     stem: str | None = None
 
@@ -114,8 +120,15 @@ def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint
     return found, problems
 
 
+def _is_shallow(value: object, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(part, levels - 1) for part in inside)
+
+
 def _our_options(value: object) -> Json:
     """Return `value` if it is the options of a run of ours, {} if a file means something else."""
+    if not _is_shallow(value, _MOST_LEVELS):
+        return {}
     model = value.get("model") if isinstance(value, dict) else None
     sections = [model.get(name) for name in ("vit", "moe")] if isinstance(model, dict) else [None]
     is_ours = isinstance(value, dict) and all(isinstance(part, dict) for part in sections)
@@ -158,7 +171,7 @@ def _parse_options(text: object) -> Json:
 
 
 def _read_checkpoint(found: Checkpoint, choice: Choice) -> Source:
-    weights = weight_files.read_dcp(found.folder, choice.weights)
+    weights = weight_files.read_dcp(found.folder, choice.weights or "model")
     options, classes = _our_options(found.state.get("config")), found.state.get("classes")
     return Source(weights, options, str(found.folder), classes=_class_ids(classes, weights))
 
@@ -178,14 +191,35 @@ def _refuse_unused(path: Path, choice: Choice, *, is_run: bool, is_ranks: bool) 
         )
 
 
-def _state_dict(content: object, path: Path, *, key: str | None) -> Weights:
-    """Return the state dict in a file of torch.save: under `key`, the usual keys, or all of it."""
+def _state_dict(content: object, path: Path, choice: Choice) -> tuple[Weights, tuple[str, ...]]:
+    """Return the state dict in a file of torch.save, and a note if it is one of several.
+
+    Raises:
+        ValueError: There is none, or not the one that was asked for.
+    """
     holder = content if isinstance(content, dict) else {}
-    keys = [key] if key else [name for name in ("state_dict", "model") if name in holder]
-    found = holder.get(keys[0]) if keys else content
-    if not weight_files.is_tensors(found):
-        raise ValueError(f"file {path}: has no weights in `{keys[0] if keys else 'it'}`")
-    return found  # type: ignore[return-value]
+    held = [key for key in holder if isinstance(key, str) and weight_files.is_tensors(holder[key])]
+    averages = [key for key in _AVERAGES if key in held]
+    trained = [key for key in _TRAINED if key in held]
+    if not trained and len(held) == 1 and not averages:
+        trained = held
+    wanted = averages if choice.weights == "ema" else trained
+    if choice.weights is None:  # `ema` is in our checkpoints as files, whose model is the run's
+        wanted = [key for key in averages if key != "ema"] or trained
+    if not held and choice.weights != "ema" and weight_files.is_tensors(content):
+        weights, others, is_usual = holder, [], True
+    elif wanted:
+        weights, is_usual = holder[wanted[0]], wanted[0] in _TRAINED[:2]
+        others = [key for key in (*averages, *trained) if key != wanted[0]]
+    else:
+        asked = " or ".join(f"`{k}`" for k in (_AVERAGES if choice.weights == "ema" else _TRAINED))
+        there = listed(map(str, holder)) if holder else f"a {type(content).__name__}"
+        raise ValueError(f"file {path}: has no weights in {asked} (it has: {there})")
+    weight_files.check_dense(weights, path)
+    if is_usual and not others:
+        return weights, ()
+    rest = f", not {' or '.join(f'`{k}`' for k in others)} (see --weights, init.weights)"
+    return weights, (f"{path}: took the weights in `{wanted[0]}`{rest if others else ''}",)
 
 
 def _local_advice(path: Path) -> str:
@@ -199,64 +233,88 @@ def _local_advice(path: Path) -> str:
     )
 
 
-def _of_dense(
-    weights: Weights,
-    config: Json,
+def _of_any(
     origin: str,
-    classes: tuple[str, ...] = (),
-    about: Json | None = None,
+    raw: Weights,
+    path: Path,
+    *,
+    config: object = None,
+    classes: object = None,
+    about: object = None,
 ) -> Source:
-    """Return what timm, NVIDIA's recipe or we saved, by our names; `about` is a pretrained_cfg."""
-    notes = (f"{origin}: {formats.NVIDIA_EPS}",) if formats.is_nvidia(weights) else ()
-    return Source(formats.from_timm(weights), config, origin, (), classes, about or {}, notes)
+    """Return weights of any family but M3ViT's by our names; `about` is a pretrained_cfg.
+
+    What transformers or timm wrote beside `path` is used too.
+    """
+    beside = _json_beside(path, hub.CONFIG)
+    options, extra = _parse_options(config), tuple[str, ...]()
+    try:
+        found = families.translate(raw)
+        if found.family == families.TRANSFORMERS and beside and not options:
+            images = _json_beside(path, hub.PREPROCESSOR)
+            options, extra = hub.options_of(beside, images, found.weights)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    return Source(
+        found.weights,
+        options,
+        origin,
+        classes=_class_ids(classes, found.weights),
+        pretrained_cfg=preprocessing.parse(about or beside.get(preprocessing.KEY)),
+        notes=tuple(f"{origin}: {note}" for note in (*found.notes, *extra)),
+    )
 
 
 def _read_pickle(path: Path, choice: Choice) -> Source:
     content = weight_files.read_pickle(path)
     holder: Mapping[str, object] = content if isinstance(content, dict) else {}
-    key = None
-    if choice.weights == "ema":
-        key = "model_ema" if "model_ema" in holder else "ema"
-    weights = _state_dict(content, path, key=key)
+    raw, which = _state_dict(content, path, choice)
     found = holder.get("meta")
     meta = found if isinstance(found, dict) and "expert_format" in found else {}
-    if not meta and not formats.is_m3vit(weights):
-        config = _parse_options(holder.get("config"))
-        classes = _class_ids(holder.get("classes"), weights)
-        about = preprocessing.parse(holder.get(preprocessing.KEY))
-        return _of_dense(weights, config, str(path), classes, about)
-    encoder, _ = formats.encoder_of(weights)
+    if not meta and not formats.is_m3vit(raw):
+        about = holder.get(preprocessing.KEY)
+        config, classes = holder.get("config"), holder.get("classes")
+        source = _of_any(str(path), raw, path, config=config, classes=classes, about=about)
+        return dataclasses.replace(source, notes=(*which, *source.notes))
+    encoder, _ = formats.encoder_of(raw)
+    try:
+        families.check_tensors(encoder)
+    except ValueError as error:
+        raise ValueError(f"file {path}: {error}") from error
     if problem := formats.missing_experts(encoder):
         raise ValueError(f"file {path}: {problem}: {_local_advice(path)}")
-    merged = formats.merge_shards([weights], source="pretrain_single_file")
+    merged = formats.merge_shards([raw], source="pretrain_single_file")
     facts = {**merged.meta, **meta}
     own = facts["moevit"]
     config = _parse_options(own.get("config") if isinstance(own, dict) else None)
     checked = {name: merged.meta[name] for name in ("expert_format", "moe_experts_global")}
-    return Source(MtlFile(merged.weights, {**facts, **checked}, merged.left_out), config, str(path))
+    file = MtlFile(merged.weights, {**facts, **checked}, merged.left_out)
+    return Source(file, config, str(path), notes=which)
 
 
 def _read_shards(folder: Path, choice: Choice) -> Source:
     """Join the files of FastMoE's ranks; only the state dict of each stays in memory."""
-    key = "model_ema" if choice.weights == "ema" else None
     files = weight_files.shard_files(folder, stem=choice.stem)
-    shards = [_state_dict(weight_files.read_pickle(path), path, key=key) for path in files]
+    shards: list[Weights] = []
+    notes: dict[str, None] = {}
+    for path in files:
+        weights, note = _state_dict(weight_files.read_pickle(path), path, choice)
+        shards.append(weights)
+        notes |= dict.fromkeys(note)
     try:
+        for shard in shards:
+            families.check_tensors(formats.encoder_of(shard)[0])
         merged = formats.merge_shards(shards, source="pretrain_sharded_dir")
     except ValueError as error:
         raise ValueError(f"folder {folder}: {error}") from error
-    return Source(merged, {}, f"{len(files)} files of {folder}")
+    return Source(merged, {}, f"{len(files)} files of {folder}", notes=tuple(notes))
 
 
-def _config_of_timm(path: Path) -> object:
-    """Return the `pretrained_cfg` in the config.json that timm writes beside model.safetensors."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    is_beside = path.is_dir() or path.name == weight_files.SINGLE_NAME
-    return (
-        weight_files.read_json(file).get(preprocessing.KEY)
-        if is_beside and file.is_file()
-        else None
-    )
+def _json_beside(path: Path, name: str) -> Json:
+    """Return a JSON file that timm or transformers wrote beside the weights at `path`."""
+    file = (path if path.is_dir() else path.parent) / name
+    is_beside = path.is_dir() or path.name in (weight_files.SINGLE_NAME, _OF_TRANSFORMERS)
+    return weight_files.read_json(file) if is_beside and file.is_file() else {}
 
 
 def read_source(path: Path, choice: Choice) -> Source:
@@ -271,6 +329,8 @@ def read_source(path: Path, choice: Choice) -> Source:
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     is_run = not names & {MANIFEST, METADATA} and bool(verify.candidates(path))
     known = {MANIFEST, METADATA, weight_files.INDEX_NAME, weight_files.SINGLE_NAME}
+    if not names & known and _OF_TRANSFORMERS in names:
+        path, names = path / _OF_TRANSFORMERS, set()
     is_ranks = path.is_dir() and not is_run and not names & known
     _refuse_unused(path, choice, is_run=is_run, is_ranks=is_ranks)
     if path.is_dir():
@@ -278,7 +338,7 @@ def read_source(path: Path, choice: Choice) -> Source:
             return _read_checkpoint(verify.verify(path), choice)
         if METADATA in names:
             origin = f"{path} (not verified: it has no {MANIFEST})"
-            return _of_dense(weight_files.read_dcp(path, choice.weights), {}, origin)
+            return _of_any(origin, weight_files.read_dcp(path, choice.weights or "model"), path)
         if is_run:
             return _read_run(path, choice)
         if is_ranks:
@@ -288,7 +348,6 @@ def read_source(path: Path, choice: Choice) -> Source:
     if choice.weights == "ema":
         raise ValueError(f"--weights ema: {path} has one set of weights; leave it out")
     weights, metadata = weight_files.read_safetensors(path)
-    config = _parse_options(metadata.get("config"))
-    classes = _class_ids(metadata.get("classes"), weights)
-    about = preprocessing.parse(metadata.get(preprocessing.KEY) or _config_of_timm(path))
-    return Source(formats.from_timm(weights), config, str(path), (), classes, about)
+    about = metadata.get(preprocessing.KEY)
+    config, classes = metadata.get("config"), metadata.get("classes")
+    return _of_any(str(path), weights, path, config=config, classes=classes, about=about)

@@ -54,6 +54,8 @@ def without_distillation(weights: Weights) -> Weights:
     kept, second = split_distillation(weights)
     if "dist_token" not in second:
         return kept
+    if "pos_embed" not in kept:
+        raise ValueError("weights dist_token: its position is in pos_embed, which is not there")
     pos_1LD = kept["pos_embed"]  # class token, distillation token, patches
     return {**kept, "pos_embed": torch.cat([pos_1LD[:, :1], pos_1LD[:, 2:]], dim=1)}
 
