@@ -5,7 +5,9 @@ torchrun's variables -> launch_facts -> check_meeting_place; and glibc's setting
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import os
 import socket
 import time
@@ -53,6 +55,19 @@ def module_environment() -> dict[str, str]:
 def shown_rank() -> str:
     """Return the rank for a message, whatever the environment says."""
     return os.environ.get("RANK", "0")
+
+
+def tell_torchrun(text: str) -> None:
+    """Leave `text` where torchrun looks for the reason of a rank's end, if it started this one.
+
+    Its report then ends with that, not with "To enable traceback see". The form is that of
+    torch.distributed.elastic.multiprocessing.errors.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):  # the line is on stderr as well
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def check_meeting_place() -> str:

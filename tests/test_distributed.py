@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import evaluate
 import train
 from parallel import collectives, distributed, launch
+from training import stopping
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,3 +217,54 @@ def test_peak_is_known_by_device_name(monkeypatch, name, peak):
     monkeypatch.setattr(distributed, "device_name", lambda _: name)
     assert distributed.peak_tflops(CPU, None) == peak
     assert distributed.peak_tflops(CPU, 5.0) == 5.0
+
+
+def raising(error):
+    def program():
+        raise error
+
+    return program
+
+
+def report_of_torchrun(path, code):
+    failure = ProcessFailure(local_rank=0, pid=7, exitcode=code, error_file=str(path))
+    return str(ChildFailedError("train.py", {0: failure}))
+
+
+def test_torchruns_report_shows_our_line(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert stopping.exit_code(raising(ValueError("config model.vit.depth=x:\nno number"))) == 2
+    line = "error (rank 0): config model.vit.depth=x: no number"
+    assert capsys.readouterr().err == f"{line}\n"
+    report = report_of_torchrun(path, 2)
+    assert f"traceback : {line}\n" in report
+    assert "To enable traceback" not in report
+
+
+def test_torchruns_report_shows_the_traceback_of_a_fault_of_ours(monkeypatch, tmp_path):
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    with pytest.raises(KeyError):
+        stopping.exit_code(raising(KeyError("weights")))
+    assert "KeyError: 'weights'" in report_of_torchrun(path, 1)
+
+
+def test_an_error_file_that_cannot_be_written_changes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    assert stopping.exit_code(raising(ValueError("no"))) == 2
+    assert capsys.readouterr().err == "error (rank 0): no\n"
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_our_line(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    done = subprocess.run(
+        [sys.executable, *command, str(ROOT / "train.py"), "model.vit.depth=x"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (reason,) = [line for line in done.stderr.splitlines() if "traceback :" in line]
+    assert "traceback : error (rank 0): config model.vit.depth" in reason

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -121,6 +122,32 @@ def _one_line(error: BaseException) -> str:
     return lines[-1] if has_traceback else " ".join(" ".join(lines).split())
 
 
+def _run(program: Callable[[], None], *, is_training: bool, debug: bool) -> tuple[str | None, int]:
+    """Run `program`; return what to say of its end, if anything, and the exit code."""
+    try:
+        program()
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        if debug:
+            raise
+        is_non_finite = isinstance(error, NonFiniteError | NonFiniteTensorError)
+        code = EXIT_NON_FINITE if is_training and is_non_finite else EXIT_USER_ERROR
+        return _one_line(error), code
+    except RuntimeError as error:
+        lost = distributed.lost_rank(error)
+        if lost is None or debug:
+            raise
+        at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+        return f"{at}{lost}{RESUMES if is_training else ''}", EXIT_LOST_RANK
+    except Stopped as reason:
+        return f"{reason}{RESUMES}", EXIT_STOPPED
+    except KeyboardInterrupt:
+        hint = "the same command goes on from the last checkpoint, if any" if is_training else ""
+        return hint, EXIT_INTERRUPTED
+    except SystemExit as end:  # argparse's, after --help or a usage error
+        return None, int(end.code or 0)
+    return None, 0
+
+
 def exit_code(
     program: Callable[[], None],
     *,
@@ -130,35 +157,22 @@ def exit_code(
 ) -> int:
     """Run a program; print one line for an error that a user can mend and return the exit code.
 
-    Any other error is a fault of ours and keeps its traceback, as all do with `debug`.
+    Any other error is a fault of ours and keeps its traceback, as all do with `debug`. torchrun is
+    told too, so that its own report shows the line.
     """
     try:
-        program()
-    except (ValueError, OSError, ImportError, NonFiniteError) as error:
-        if debug:
-            raise
-        line, code = _one_line(error), EXIT_USER_ERROR
-        if is_training and isinstance(error, NonFiniteError | NonFiniteTensorError):
-            code = EXIT_NON_FINITE
-    except RuntimeError as error:
-        lost = distributed.lost_rank(error)
-        if lost is None or debug:
-            raise
-        at = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-        line, code = f"{at}{lost}{RESUMES if is_training else ''}", EXIT_LOST_RANK
-    except Stopped as reason:
-        warn(f"stopped: {reason}{RESUMES}")
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint, if any" if is_training else ""
-        warn(f"stopped{hint}")
-        return EXIT_INTERRUPTED
-    except SystemExit as end:  # argparse's, after --help or a usage error
-        return int(end.code or 0)
+        line, code = _run(program, is_training=is_training, debug=debug)
+    except BaseException:
+        launch.tell_torchrun(traceback.format_exc())
+        raise
+    if line is None:
+        return code
+    if code in (EXIT_STOPPED, EXIT_INTERRUPTED):
+        text = f"stopped: {line}" if line else "stopped"
     else:
-        return 0
-    where = f" (rank {launch.shown_rank()})" if has_ranks else ""
-    warn(f"error{where}: {line}")
+        text = f"error (rank {launch.shown_rank()}): {line}" if has_ranks else f"error: {line}"
+    warn(text)
+    launch.tell_torchrun(text)
     return code
 
 
