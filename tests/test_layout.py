@@ -162,7 +162,11 @@ def swallowed_errors(name, text):
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             names = {getattr(item, "id", "") for item in caught}
-            if node.type is None or names & {"Exception", "BaseException"}:
+            last = node.body[-1]
+            is_raised_again = isinstance(last, ast.Raise) and last.exc is None
+            if (
+                node.type is None or names & {"Exception", "BaseException"}
+            ) and not is_raised_again:
                 yield f"{name}:{node.lineno} catches everything"
 
 
