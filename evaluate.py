@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from images import feed, reading
+from images import index as image_index
+from images.index import ImageIndex
 from options import compose
 from options.schema import Config, walk
 from parallel import distributed
@@ -77,6 +79,8 @@ def check_used(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--names {arguments.names}: has no effect without --images")
     if arguments.per_class and arguments.images:
         raise ValueError("--per-class: has no effect with --images")
+    if arguments.among and arguments.images:
+        raise ValueError(f"--among {arguments.among}: has no effect with --images")
     for name, value in compose.given_options(arguments.overrides).items():
         shown = f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         if name.startswith(UNUSED) and name not in USED:
@@ -115,22 +119,57 @@ def by_class(sums_Y4: Tensor, classes: list[str]) -> dict[str, dict[str, float]]
     return found
 
 
+def as_trained(index: ImageIndex, config: Config, trained: Sequence[str]) -> ImageIndex:
+    """Return the images with the labels of training, by the classes' ids if they are known.
+
+    Raises:
+        ValueError: The images have classes that the weights do not know.
+    """
+    number_of = {name: number for number, name in enumerate(trained)}
+    unknown = [name for name in index.classes if name not in number_of]
+    if not unknown:
+        return image_index.relabel(index, trained)
+    count, num_classes = len(index.classes), config.model.vit.num_classes
+    is_moved = any(number_of.get(name, n) != n for n, name in enumerate(index.classes))
+    if count == num_classes and not is_moved:
+        return index  # the names are others
+    problem = (
+        f"{len(unknown)} of {count} classes were not in training, the first {unknown[0]}; name "
+        "the others in dataset.class_filter"
+        if trained
+        else f"has {count} classes and the weights {num_classes}, without the ids that tell which"
+    )
+    raise ValueError(image_index.wrong_root(index.root, "val", problem))
+
+
 def score(
-    model: nn.Module, config: Config, world: World, *, trained: Sequence[str]
+    model: nn.Module, config: Config, world: World, *, trained: Sequence[str], among: str
 ) -> dict[str, object]:
     """Return the figures over all validation images, and by class. Collective.
 
-    `trained` are the classes' ids in training, if they are known.
+    `trained` are the classes' ids in training, if they are known. The network chooses `among`
+    "all" of them, or those that are "present" in the dataset.
     """
-    index = loaders.find_val_images(config, world)
+    found = loaders.find_val_images(config, world, trained=trained)
+    index = as_trained(found, config, trained)
+    present, num_classes = set(found.classes), len(index.classes)
+    among_Y = None
+    if among == "present" and len(present) < num_classes:
+        among_Y = torch.tensor([name in present for name in index.classes], device=world.device)
+        num_classes = len(present)
     if world.is_main and (others := other_classes(trained, index.classes)):
         show_result(f"note: {index.root}: {others}")
-    num_classes = len(index.classes)
+    if world.is_main and len(present) < len(index.classes):
+        show_result(
+            f"note: {index.root} has {len(present)} of the {len(index.classes)} classes in "
+            f"training; the network chooses among {num_classes} (see --among)"
+        )
     sums_Y4 = scoring.score(
         model,
         loaders.val_batches(config, index, world),
         device=world.device,
         dtype=next(model.parameters()).dtype,
+        among_Y=among_Y,
     ).cpu()
     figures = scoring.figures(sums_Y4)
     if world.is_main and scoring.is_guessing(figures, num_classes=num_classes):
@@ -138,7 +177,7 @@ def score(
             f"note: top-1 is no better than guessing ({100 / num_classes:.2f} %): are the labels "
             f"in {index.root} those that the weights were trained with?"
         )
-    return {**figures, "classes": by_class(sums_Y4, list(index.classes))}
+    return {**figures, "among": num_classes, "classes": by_class(sums_Y4, list(index.classes))}
 
 
 def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> None:
@@ -201,6 +240,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--metric", help=f"of the best; default: lowest, --metric={BEST}")
     parser.add_argument("--per-class", action="store_true", help="a line for each class")
+    parser.add_argument(
+        "--among",
+        choices=("present", "all"),
+        help="which classes are chosen from, where the dataset has a part of them; "
+        "default: present, as ImageNet-A and -R are scored",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to a file")
     parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="classify these")
     parser.add_argument(
@@ -242,7 +287,8 @@ def run(arguments: argparse.Namespace) -> None:
                     shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs)
                     show_result(f"{path}: {shown}")
         else:
-            result = score(model, config, world, trained=source.classes)
+            among = arguments.among or "present"
+            result = score(model, config, world, trained=source.classes, among=among)
             if world.is_main:
                 print_scores(result, origin=source.origin, per_class=arguments.per_class)
         if arguments.json and world.is_main:

@@ -102,10 +102,18 @@ def check_splits(train: ImageIndex, val: ImageIndex) -> None:
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
     """Raise ValueError unless both splits have the same classes, hence the same labels."""
     if train.classes != val.classes:
-        missing = sorted(set(train.classes) - set(val.classes))[:5]
-        extra = sorted(set(val.classes) - set(train.classes))[:5]
-        problem = f"classes must be those of {train.root} (missing {missing}, unknown {extra})"
+        missing = sorted(set(train.classes) - set(val.classes))
+        unknown = sorted(set(val.classes) - set(train.classes))
+        problems = [f"lacks {_some(missing)}"] * bool(missing)
+        problems += [f"has {_some(unknown)}, which training lacks"] * bool(unknown)
+        problem = " and ".join(problems) or "has the classes in another order"
+        problem = f"{problem}; its classes must be those of {train.root}"
         raise ValueError(wrong_root(val.root, "val", problem))
+
+
+def _some(classes: Sequence[str]) -> str:
+    shown = ", ".join(classes[:5])
+    return f"class {shown}" if len(classes) == 1 else f"{len(classes)} classes, as {shown}"
 
 
 def check_separate(train: ImageIndex, val: ImageIndex) -> None:
@@ -190,6 +198,13 @@ def select(index: ImageIndex, *, class_filter: Sequence[str], share: float) -> I
         for image in _share(members.get(label, []), index.classes[label], share)
     ]
     return _subset(index, sorted(kept), classes, new_label)
+
+
+def relabel(index: ImageIndex, classes: Sequence[str]) -> ImageIndex:
+    """Return the index with its labels as numbers in `classes`, which has all of its own."""
+    number_of = {name: number for number, name in enumerate(classes)}
+    labels = tuple(number_of[index.classes[label]] for label in index.labels)
+    return replace(index, labels=labels, classes=tuple(classes))
 
 
 def _share(images: list[int], wnid: str, share: float) -> list[int]:

@@ -708,8 +708,8 @@ def add_a_class(root):
 
 
 WRONG_DATASETS = {
-    miss_a_class: ([], "num_classes=3: must be 2"),
-    rename_a_class: ([], r"missing \['n03'\], unknown \['n04'\]"),
+    miss_a_class: ([], r"val: lacks class n03; its classes must be those of \S+/train$"),
+    rename_a_class: ([], "val: lacks class n03 and has class n04, which training lacks; its"),
     empty_a_class: ([], "class folder n03/ holds no images"),
     add_a_class: ([], "num_classes=3: must be 4, the classes in"),
     len: (["dataset.train.images=1281167"], r"train\.images=1281167: .* has 11 images in 3"),

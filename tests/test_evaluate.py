@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import evaluate
 import export
 import train
+from images.cache import index_images
 from images.reading import decode_rgb
 from options import compose
 from options.schema import CheckpointOptions, MoEOptions
@@ -146,13 +148,13 @@ def test_class_ids_go_with_the_weights(ranks, trained, image_folder, tmp_path, t
     assert sorted(name for name, _ in found[str(image)]) == CLASSES
 
 
-def test_a_list_of_another_length_is_not_taken_for_class_ids(
+def test_a_list_of_another_length_or_with_copies_is_not_taken_for_class_ids(
     ranks, trained, image_folder, tmp_path
 ):
     path, image = tmp_path / "out.pt", min((image_folder / "val").rglob("*.JPEG"))
     assert export.main([str(trained[0]), "--to", "torch", "--output", str(path)]) == 0
     content = torch.load(path, weights_only=True)
-    for ids in (["cat", "dog"], ["a", "b", "c", "d", "e"]):
+    for ids in (["cat", "dog"], ["a", "b", "c", "d", "e"], ["a", "b", "b"]):
         torch.save({**content, "classes": ids}, path)
         found = evaluated(ranks, path, "--images", image, tmp_path=tmp_path)
         assert sorted(name for name, _ in found[str(image)]) == ["0", "1", "2"]
@@ -170,10 +172,93 @@ def test_classes_of_other_ids_are_said(ranks, trained, tmp_path, image_folder, c
     assert "others in training" not in capfd.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def part(image_folder, tmp_path_factory):
+    """Sixteen images of the first and the last of the three classes."""
+    folder = tmp_path_factory.mktemp("part")
+    for name in (CLASSES[0], CLASSES[2]):
+        shutil.copytree(image_folder / "train" / name, folder / "val" / name)
+    return folder
+
+
+def scores_by_hand(model, config, folder, among):
+    """Top-1 in percent and mean cross-entropy where the choice is among some class numbers."""
+    hits, losses = [], []
+    for path in sorted((folder / "val").rglob("*.JPEG")):
+        label = among.index(CLASSES.index(path.parent.name))
+        with torch.no_grad():
+            logits_Y = model(loaders.val_transform(config)(decode_rgb(path))[None])[0]
+        chosen = [math.exp(logits_Y[number]) for number in among]
+        hits.append(chosen[label] == max(chosen))
+        losses.append(-math.log(chosen[label] / sum(chosen)))
+    return 100 * sum(hits) / len(hits), sum(losses) / len(losses)
+
+
+def test_a_part_of_the_classes_is_scored_by_their_ids(ranks, trained, part, tmp_path, capfd):
+    folder, _, config = trained
+    exported = tmp_path / "out.pt"
+    export.main([str(folder), "--to", "torch", "--output", str(exported)])
+    model = network.build_model(config, backend="torch", on_meta=False).eval()
+    model.load_state_dict(torch.load(exported, weights_only=True)["model"])
+    found = {}
+    for flags, among in (([], [0, 2]), (["--among", "all"], [0, 1, 2])):
+        words = [folder, f"dataset.val.root={part}", *flags]
+        found[len(among)] = scores = evaluated(ranks, *words, tmp_path=tmp_path)
+        top1, loss = scores_by_hand(model, config, part, among)
+        assert (scores["top1"], scores["val_loss"]) == pytest.approx((top1, loss), rel=1e-5)
+        assert scores["among"] == len(among)
+        images = {name: one["images"] for name, one in scores["classes"].items()}
+        assert images == {CLASSES[0]: 8, CLASSES[2]: 8}
+        note = f"has 2 of the 3 classes in training; the network chooses among {len(among)} "
+        shown = capfd.readouterr().out
+        assert shown.count(note) == 1
+        assert "others in training" not in shown
+    assert found[2]["val_loss"] < found[3]["val_loss"]
+    filtered = f"dataset.class_filter=[{CLASSES[0]},{CLASSES[2]}]"
+    whole = evaluated(ranks, folder, filtered, tmp_path=tmp_path)
+    assert (whole["among"], whole["val_images"]) == (2, 5)
+
+
+def test_labels_are_those_of_training_whatever_their_order(part, small_run):
+    index, ids = index_images(part, "val"), tuple(CLASSES)
+    relabelled = evaluate.as_trained(index, small_run(), ids)
+    assert (relabelled.labels, relabelled.classes) == ((0,) * 8 + (2,) * 8, ids)
+    backwards = evaluate.as_trained(index, small_run(), ids[::-1])
+    assert backwards.labels == (2,) * 8 + (0,) * 8
+
+
+def limited(world, part):
+    overrides = [f"dataset.val.root={part}", f"dataset.class_filter=[{','.join(CLASSES)}]"]
+    config = compose.compose("vit_tiny_patch8_64", overrides)
+    return loaders.find_val_images(config, world, trained=CLASSES).classes
+
+
+def test_a_run_that_was_limited_to_some_classes_is_scored_on_a_part_of_these(ranks, part):
+    assert ranks(1, limited, part) == [(CLASSES[0], CLASSES[2])]
+
+
+@pytest.mark.parametrize(
+    ("names", "ids", "says"),
+    [
+        ([0, 3], CLASSES, "1 of 2 classes were not in training, the first n00000003; name the"),
+        ([1, 2, 3], CLASSES, "1 of 3 classes were not in training, the first n00000003"),
+        ([0, 1, 2, 3], CLASSES, "1 of 4 classes were not in training, the first n00000003"),
+        ([0, 2], [], "has 2 classes and the weights 3, without the ids that tell which"),
+    ],
+    ids=["a part, but one", "as many, but shifted", "more", "no ids"],
+)
+def test_classes_that_weights_do_not_know_are_refused(part, small_run, names, ids, says):
+    classes = tuple(f"n{number:08d}" for number in names)
+    index = dataclasses.replace(index_images(part, "val"), classes=classes)
+    with pytest.raises(ValueError, match=rf"^config dataset\.val\.root={part}/val: {says}"):
+        evaluate.as_trained(index, small_run(), ids)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such file or folder"),
+        (["{run}", "--images", "x", "--among", "all"], "--among all: has no effect with --images"),
         (["{run}", "--names", "x"], "--names x: has no effect without --images"),
         (
             ["{run}", "--images", "{run}/config.yaml"],

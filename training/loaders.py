@@ -5,7 +5,7 @@ Config -> find_images -> ImageIndex -> train_batches | val_batches -> Batch on t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -33,7 +33,9 @@ def data_root(config: Config) -> Path:
     return roots.read_root(Path(data.path_env).expanduser(), data.name)
 
 
-def _find_index(config: Config, root: Path, split: Split, world: World) -> ImageIndex:
+def _find_index(
+    config: Config, root: Path, split: Split, world: World, trained: Sequence[str] = ()
+) -> ImageIndex:
     data = config.dataset
     roots.unpack_once(root, world)
     folder = Path(data.index_folder).expanduser() if data.index_folder else None
@@ -42,26 +44,34 @@ def _find_index(config: Config, root: Path, split: Split, world: World) -> Image
     prints_s = 0 if data.duplicates == "ignore" else config.distributed.timeout_s / 2
     index = cache.find_index(root, split, world, folder=folder, prints_s=prints_s)
     share = data.subset if split == "train" else 1.0
-    return image_index.select(index, class_filter=data.class_filter, share=share)
+    # A part of the classes that were trained may lack some of those that the run was limited to.
+    lacking = {*trained} - {*index.classes}
+    wanted = [name for name in data.class_filter if name not in lacking]
+    return image_index.select(index, class_filter=wanted, share=share)
 
 
-def find_val_images(config: Config, world: World) -> ImageIndex:
+def find_val_images(config: Config, world: World, *, trained: Sequence[str] = ()) -> ImageIndex:
     """Index the validation images; unpack a bundled archive on first use. Collective.
 
+    `trained` are the ids of the classes that weights know, of which the images may be a part.
+
     Raises:
-        ValueError: They do not have as many classes as the model, or are not as many as the
-            options say.
+        ValueError: They are not as many as the options say.
     """
     val_root = config.dataset.val.root
     root = Path(val_root).expanduser() if val_root else data_root(config)
-    index = _find_index(config, root, "val", world)
+    index = _find_index(config, root, "val", world, trained)
     image_index.check_count(index, config.dataset.val.images)
+    return index
+
+
+def _check_num_classes(config: Config, index: ImageIndex) -> None:
+    """Raise ValueError unless the dataset has as many classes as the model."""
     if len(index.classes) != config.model.vit.num_classes:
         raise ValueError(
             f"config model.vit.num_classes={config.model.vit.num_classes}: must be "
             f"{len(index.classes)}, the classes in {index.root}"
         )
-    return index
 
 
 def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
@@ -70,6 +80,7 @@ def find_images(config: Config, world: World) -> tuple[ImageIndex, ImageIndex]:
     image_index.check_count(train_index, config.dataset.train.images)
     val_index = find_val_images(config, world)
     image_index.check_splits(train_index, val_index)
+    _check_num_classes(config, train_index)
     if config.dataset.duplicates != "ignore":
         duplicates.check_copies(train_index, val_index, world, duplicates=config.dataset.duplicates)
     collectives.require_equal("dataset", image_index.digest(train_index))

@@ -51,11 +51,13 @@ def score(
     device: torch.device,
     dtype: torch.dtype,
     after_batch: Callable[[], None] = lambda: None,
+    among_Y: Tensor | None = None,
 ) -> Tensor:
     """Return sums_Y4 by true class over the images of all ranks, in fp64. Collective.
 
     Ranks need equally many batches, since a sharded forward is collective; the model is left in the
-    mode that it was in. `after_batch` is called after each batch.
+    mode that it was in. `after_batch` is called after each batch. The network chooses `among_Y`, a
+    bool for each class; None: among all.
     """
     was_training = model.training
     model.eval()
@@ -64,7 +66,10 @@ def score(
         for batch in batches:
             image_BCHW = batch.image_BCHW.to(device, dtype, non_blocking=True)
             label_B = batch.label_B.to(device, non_blocking=True)
-            sums_Y4 = sums_Y4 + _sums(model(image_BCHW).float(), label_B)
+            logits_BY = model(image_BCHW).float()
+            if among_Y is not None:
+                logits_BY = logits_BY.masked_fill(~among_Y, -math.inf)
+            sums_Y4 = sums_Y4 + _sums(logits_BY, label_B)
             after_batch()
     finally:
         model.train(was_training)

@@ -147,7 +147,8 @@ def _class_ids(value: object, weights: Weights) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
         return ()
     head = weights.get("head.weight")
-    return tuple(found) if head is not None and len(head) == len(found) else ()
+    is_head = head is not None and len(head) == len(found) == len(set(found))
+    return tuple(found) if is_head else ()
 
 
 def other_classes(trained: Sequence[str], given: Sequence[str]) -> str | None:
