@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 evaluate.py SOURCE          the images are shared out among ranks
 
 SOURCE is anything that export.py reads: a run folder (its newest complete checkpoint), a
-checkpoint, or a file or folder of weights in the formats torch, timm, safetensors. Files of ours
-carry the options of their run; for others --config-name says which model it is. name=value sets
-options as for train.py, such as dataset.val.root.
+checkpoint, or a file or folder of weights in the formats torch, timm, safetensors, or one of other
+projects (docs/init.md). Files of ours carry the options of their run; for others --config-name says
+which model it is. name=value sets options as for train.py, such as dataset.val.root.
 
 Examples:
     python evaluate.py ckpts/vit --per-class
@@ -65,11 +65,7 @@ def load_model(source: Source, config: Config, device: torch.device) -> nn.Modul
     """Return the network with the source's weights, unsharded, on `device` in eval mode."""
     backend, _ = network.pick_backend(config, device)
     model = network.build_model(config, backend=backend, on_meta=False, device=device)
-    try:
-        model.load_state_dict(source.weights(), strict=True)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{source.origin}: {problem}") from error
+    network.load_weights(model, source)
     return model.to(device, network.pick_dtype(config.model.dtype, device)).eval()
 
 
@@ -234,7 +230,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options of train.py")
     parser.add_argument("--config-name", "-cn", metavar="NAME", help="recipe of the model")
-    parser.add_argument("--weights", choices=("model", "ema"), help="which")
+    parser.add_argument("--weights", choices=("model", "ema"), help="as trained, or averaged")
     parser.add_argument(
         "--pick", choices=("newest", "best"), default="newest", help="of a run's checkpoints"
     )

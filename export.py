@@ -6,7 +6,7 @@ SOURCE, recognised by what it is:
     a run folder                the newest complete checkpoint in it, or --pick best
     a checkpoint                its folder, step_<n>_loss_<x>
     *.safetensors               or a folder with model.safetensors, or with many and an index
-    a file of torch.save        ours, timm's, or M3ViT's global file
+    a file of torch.save        ours, timm's, M3ViT's global file, or others: docs/init.md
     a folder of FastMoE         0.pth, 1.pth, ... or <stem>_rank0.pth, ...: joined
 
 FORMAT:
@@ -211,7 +211,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="after --config-name")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, type=_path, metavar="PATH")
-    parser.add_argument("--weights", choices=("model", "ema"), help="as trained, or their average")
+    parser.add_argument("--weights", choices=("model", "ema"), help="as trained, or averaged")
     parser.add_argument(
         "--pick", choices=("newest", "best"), default="newest", help="of a run folder's checkpoints"
     )

@@ -76,7 +76,7 @@ def _of_ours(
     trained = compose.restore(source.config, [])
     backend, _ = network.pick_backend(config, device)
     model = network.build_model(trained, backend=backend, on_meta=False, device=device)
-    model.load_state_dict(source.weights(), strict=True)
+    network.load_weights(model, source)
     return model, trained
 
 

@@ -152,6 +152,18 @@ def flops_per_image(config: Config, *, training: bool = True) -> int:
     return counter.get_total_flops()
 
 
+def load_weights(model: nn.Module, source: Source) -> None:
+    """Give a whole model the weights of a source.
+
+    Raises:
+        ValueError: They are not those of the model.
+    """
+    try:
+        model.load_state_dict(source.weights(), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{source.origin}: {' '.join(str(error).split())}") from error
+
+
 # By a parameter, the option that makes it: its value with the parameter, and without.
 _TELLTALES = {
     "cls_token": ("class_token", "true", "false"),

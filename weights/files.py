@@ -116,7 +116,7 @@ def read_json(path: Path) -> Json:
 
 def _safetensors_files(path: Path) -> list[Path]:
     """Return the files that the weights at `path`, a file or a folder, are in."""
-    if path.is_file():
+    if not path.is_dir():
         if (part := _PART.fullmatch(path.name)) and int(part["files"]) > 1:
             raise ValueError(
                 f"file {path}: is one of the {int(part['files'])} files of a model; "

@@ -282,7 +282,7 @@ def _load(path: Path) -> object:
             _rehearse_old(file)
     plain: list = [(stand_in, name) for name, stand_in in _PLAIN.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(plain):
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        warnings.simplefilter("ignore")  # of old protocols and of kinds that are refused after it
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
