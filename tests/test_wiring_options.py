@@ -416,8 +416,8 @@ MORE["distilled"] = [
 
 
 def is_half_of_the_mlp(s):
-    """Whether expert 0 of block 3 is the first half of the file's MLP."""
-    fc1 = torch.load(s.run.config.init.checkpoint)["blocks.3.mlp.fc1.weight"]
+    """Whether expert 0 of block 3 is the first half of the MLP of the file's average."""
+    fc1 = torch.load(s.run.config.init.checkpoint)["ema"]["blocks.3.mlp.fc1.weight"]
     return torch.equal(s.first["blocks.3.mlp.experts.w_in"][:96], fc1[:96])
 
 
@@ -429,6 +429,7 @@ UPCYCLED = {
     "model.moe.blocks": ("[1,3]", SAME, blocks_with_experts),
     "init.mode": ("deit_upcycling", SAME, lambda s: s.watch.initial_weights.job.plan.mode),
     "init.checkpoint": ("FOLDER/dense.pt", True, is_half_of_the_mlp),
+    "init.weights": ("ema", True, is_half_of_the_mlp),
     "init.experts": ("split", True, is_half_of_the_mlp),
     "init.gate": ("virtual_group", True, lambda s: torch.equal(gate(s)[::2], gate(s)[1::2])),
     "init.gate_std": ("0.27", pytest.approx(0.27, rel=0.3), lambda s: gate(s).std().item()),
@@ -494,8 +495,11 @@ def folder(tmp_path_factory):
                 for number in range(count):
                     path = root / name / split / wnid / f"{number}.JPEG"
                     write_image(path, seed=next(seeds), size=(48, 40))
-    dense = build_vit(img_size=32, patch_size=8, embed_dim=48, num_heads=6, depth=4, num_classes=4)
-    torch.save(dense.state_dict(), root / "dense.pt")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 6, "depth": 4}
+    trained, average = (
+        build_vit(**sizes, num_classes=4, seed=seed).state_dict() for seed in (1, 2)
+    )
+    torch.save({"model": trained, "ema": average}, root / "dense.pt")
     (root / "teacher.pth").touch()
     (root / "roots.yml").write_text(f"dataset_roots:\n  nine: {root / 'one'}\n")
     return root
@@ -521,7 +525,10 @@ class NoSaver:
 class NoWandb:
     """A run of W&B that goes nowhere."""
 
-    def log(self, values, *, step):
+    def define_metric(self, name, *, step_metric=None):
+        """Do nothing."""
+
+    def log(self, values):
         """Do nothing."""
 
     def finish(self):
@@ -576,6 +583,7 @@ def watched():
     wandb = types.ModuleType("wandb")
     wandb.init = lambda project, id, resume, dir, mode, config: NoWandb()
     watch.on(wandb, "init")
+    wandb.Error = RuntimeError
     sys.modules["wandb"] = wandb
     return watch
 
