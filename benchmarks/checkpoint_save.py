@@ -38,6 +38,7 @@ from torch.multiprocessing.spawn import spawn
 
 import checkpoint
 from benchmarks import common, folders
+from benchmarks.clock import end_of, rounds
 from options import compose
 from parallel import collectives, distributed
 from training import prepare
@@ -51,7 +52,7 @@ WRITE, READ = "disk, write and sync", "disk, read"
 STOCK_LOAD, LOAD = "stock DCP, load", "moevit, load"
 STATE = {"step": 1, "metrics": {}}
 PAUSE_S = 0.02  # stands for a training step, which needs another core than the disk does
-WARM_UP, FEWEST_ROUNDS = 2, 3
+WARM_UP = 2
 CHUNK_BYTES = 2**22
 Times = dict[str, list[float]]
 
@@ -201,19 +202,20 @@ def measure(place: Place) -> Times:
     """Save and load in every way, in turns, and a few times before to warm up."""
     names = (WRITE, STOCK, RIVAL, BACKGROUND, ON_DISK, READ, STOCK_LOAD, LOAD)
     times: Times = {name: [] for name in names}
-    saver, started = AsyncSaver(timeout_s=600), time.monotonic()
+    warming_up: Times = {name: [] for name in names}
+    saver, is_first = AsyncSaver(timeout_s=600), True
     try:
         saver.prepare(place.tensors)
         assert saver.worker is not None, "prepare() has made it"
         saver.worker.wait_ready()
-        for number in range(place.repeats + WARM_UP):
-            one_round(place, saver, times, is_checked=number == 0)
-            is_late = collectives.from_main(time.monotonic() - started > place.limit_s)
-            if is_late and number + 1 >= FEWEST_ROUNDS + WARM_UP:
-                break
+        planned = rounds(place.repeats, warm_up=WARM_UP, end_s=end_of(place.limit_s))
+        # Rank 0 decides for all: by their own clocks ranks would end in different rounds.
+        while (is_measured := collectives.from_main(next(planned, None))) is not None:
+            one_round(place, saver, times if is_measured else warming_up, is_checked=is_first)
+            is_first = False
     finally:
         saver.close()
-    return {name: values[WARM_UP:] for name, values in times.items()}
+    return times
 
 
 def rows_of(times: Times) -> list[common.Row]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -16,7 +18,6 @@ Clock = Callable[[Run], float]
 HEAD_START_CYCLES = 6_000_000  # about 3 ms
 HOST_REPEATS = 5
 WARM_UP = 2
-FEWEST_ROUNDS = 3
 
 
 def wall_clock(run: Run) -> float:
@@ -81,22 +82,47 @@ def host_ms(run: Run, device: torch.device) -> float:
     return statistics.median(times)
 
 
+def process_age_s() -> float:
+    """Return the seconds since this process was started, its imports included."""
+    fields = Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()
+    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+
+
+def end_of(limit_s: float) -> float:
+    """Return when `time.monotonic()` has it that a program was `limit_s` seconds old."""
+    return time.monotonic() + limit_s - process_age_s()
+
+
+def rounds(count: int, *, warm_up: int, end_s: float) -> Iterator[bool]:
+    """Yield for each round whether it is measured; the first `warm_up` are not.
+
+    Past `end_s` of time.monotonic() no round is begun if one was measured, and none but the first
+    warms up: on a slow day there are fewer rounds, but there is a result.
+    """
+    number, measured = 0, 0
+    while measured < count:
+        is_late = time.monotonic() > end_s
+        if is_late and measured:
+            return
+        is_measured = number >= warm_up or (is_late and number > 0)
+        yield is_measured
+        number, measured = number + 1, measured + is_measured
+
+
 def interleave(
-    runs: Mapping[str, Run], clock: Clock, *, repeats: int, limit_s: float = math.inf
+    runs: Mapping[str, Run], clock: Clock, *, repeats: int, end_s: float = math.inf
 ) -> dict[str, list[float]]:
     """Return milliseconds of each; rounds alternate forwards and backwards, two warm up.
 
-    After `limit_s` seconds no round is begun if there were three.
+    Past `end_s` there are as few rounds as `rounds` says.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    started = time.monotonic()
-    for number in range(repeats + WARM_UP):
-        is_late = time.monotonic() - started > limit_s
-        if is_late and number >= FEWEST_ROUNDS + WARM_UP:
-            break
+    planned = rounds(repeats, warm_up=WARM_UP, end_s=end_s)
+    for number, is_measured in enumerate(planned):
         for name in names if number % 2 else names[::-1]:
             ms = clock(runs[name])
-            if number >= WARM_UP:
+            if is_measured:
                 times[name].append(ms)
     return times

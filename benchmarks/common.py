@@ -30,7 +30,9 @@ def ratio(times: Sequence[float], rival_times: Sequence[float]) -> float:
 
 
 def spread(times: Sequence[float], *, digits: int = 2) -> Row:
-    """Return median and interquartile range of times in ms."""
+    """Return median and interquartile range of times in ms; one time alone has no range."""
+    if len(times) == 1:
+        return {"median_ms": round(times[0], digits)}
     low, median, high = statistics.quantiles(times, n=4)
     return {"median_ms": round(median, digits), "iqr_ms": round(high - low, digits)}
 

@@ -24,9 +24,9 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(pixels_HWC, 0, 255).astype(np.uint8))
 
 
-def make_images(root: Path, count: int) -> None:
-    """Write an ImageFolder of `count` JPEGs."""
-    for number in range(count):
+def make_images(root: Path, count: int, *, first: int = 0) -> None:
+    """Write an ImageFolder of the JPEGs `first` to `count`."""
+    for number in range(first, count):
         path = root / "train" / f"n{number % CLASSES:08d}" / f"{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(number).save(path, quality=QUALITY)

@@ -18,18 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import common
+from benchmarks.clock import end_of, rounds
 from images import roots
 
 RIVAL, OURS, FLOOR = "plain timm script", "train.py", "import torch, timm"
 FIRST_STEP = "train step=1 "
 DATA = common.ROOT / "data" / "tiny-imagenet-5"
-FEWEST_ROUNDS = 2
 
 
 def time_to_line(command: Sequence[str], line: str) -> float:
@@ -85,26 +85,27 @@ def commands(folder: Path, device: str, overrides: Sequence[str]) -> dict[str, l
 
 
 def measure(
-    device: str, overrides: Sequence[str], *, rounds: int, warm_up: int, limit_s: float
-) -> dict[str, list[float]]:
-    """Return milliseconds per launch of each row, without the rounds that warm up the disk."""
+    device: str, overrides: Sequence[str], planned: Iterable[bool]
+) -> Iterator[dict[str, list[float]]]:
+    """Yield after each round the milliseconds per launch of each row in the rounds so far.
+
+    `planned` says of each round whether it is measured, or warms up the disk.
+    """
     times: dict[str, list[float]] = {RIVAL: [], OURS: [], FLOOR: []}
-    started = time.monotonic()
-    for number in range(rounds + warm_up):
-        if time.monotonic() - started > limit_s and number >= FEWEST_ROUNDS + warm_up:
-            break
+    for number, is_measured in enumerate(planned):
         for name in list(times) if number % 2 else list(reversed(times)):
             # A folder of its own, or the second launch would resume.
             with tempfile.TemporaryDirectory() as folder:
                 command = commands(Path(folder), device, overrides)[name]
                 ms = time_to_line(command, FIRST_STEP)
-            if number >= warm_up:
+            if is_measured:
                 times[name].append(ms)
-    return times
+        if is_measured:
+            yield times
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table and write it with what is needed to repeat it."""
+    """Measure, write after each round what is needed to repeat it, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds from cold disks, left out")
@@ -114,22 +115,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args(argv)
     roots.unpack_archive(DATA)  # the plain script does not
-    times = measure(
-        arguments.device,
-        arguments.overrides,
-        rounds=arguments.rounds,
-        warm_up=arguments.warm_up,
-        limit_s=arguments.limit_s,
-    )
-    rows = common.summarise(times, rival=RIVAL)
+    planned = rounds(arguments.rounds, warm_up=arguments.warm_up, end_s=end_of(arguments.limit_s))
+    for times in measure(arguments.device, arguments.overrides, planned):
+        rows = common.summarise(times, rival=RIVAL)
+        common.write(
+            "launch",
+            out=arguments.out,
+            conditions={"overrides": arguments.overrides, "rounds": len(times[OURS])},
+            rows=rows,
+            device=torch.device(arguments.device),
+        )
     common.print_rows(rows)
-    common.write(
-        "launch",
-        out=arguments.out,
-        conditions={"overrides": arguments.overrides, "rounds": len(times[OURS])},
-        rows=rows,
-        device=torch.device(arguments.device),
-    )
 
 
 if __name__ == "__main__":

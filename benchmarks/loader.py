@@ -1,12 +1,13 @@
 """Time our training loader against torchvision's ImageFolder + DataLoader on the same JPEGs.
 
-    python -m benchmarks.loader [--images 640] [--epochs 8] [--rounds 5] [--workers 2] [--out FILE]
+    python -m benchmarks.loader [--images 640] [--epochs 8] [--rounds 5] [--workers 2] [--limit-s S]
 
 Both crop at random to 224 x 224 (bilinear), flip and normalise, in batches of 64 float32 images, by
 as many worker processes; rounds alternate forwards and backwards. A pass takes each image --epochs
 times; by the wall clock only its middle counts, from the 8th batch to the 8th from the end, where
 no worker waits for another, as in a long epoch. Before anything is timed, both are shown the same
-crop of every file and must agree within the difference of their resizing.
+crop of every file and must agree within the difference of their resizing. Where --limit-s is too
+short for all that, there are fewer images, shorter passes and fewer rounds, as `conditions` say.
 Rows:
   torchvision            ImageFolder + DataLoader as its tutorials have it, Pillow
   torchvision, tensors   the same with torchvision's decode_image and transforms.v2
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import math
 import os
 import resource
 import statistics
@@ -32,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from benchmarks import common
+from benchmarks.clock import end_of, rounds
 from benchmarks.decoders import Timing, decode_runs, scaled_gain
 from benchmarks.jpegs import QUALITY, SIZE, make_images
 from imagenet_dataset import LoaderOptions, TrainImages, train_loader
@@ -56,6 +59,11 @@ from images.reading import ImageReader, pick_decoder
 
 BATCH, CROP = 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CHECKED = 32  # files whose pixels are compared
+# What an image costs in a round of all rows, for each epoch and apart from these, in times that
+# torchvision's loader takes it alone; measured with two busy cores.
+OF_LOADERS, OF_DECODERS = 4, 14
+FEWEST_IMAGES = 2 * BATCH  # below, epochs are fewer instead
 EDGE = 8  # batches at both ends of a pass that are not timed
 PACKAGES = ("nvidia-nvimgcodec-cu13", "pillow", "torchvision", "simplejpeg", "PyTurboJPEG")
 DECODERS = {"torchvision": "pillow", "torchvision, tensors": "torchvision"}  # of the rivals
@@ -144,7 +152,7 @@ def check(root: Path) -> dict[str, float]:
     theirs, transform = transforms.RandomResizedCrop(CROP), our_transform(hflip=0.0)
     reader = ImageReader(index, decoder=pick_decoder("auto")[0])
     differences = []
-    for image, path in enumerate(index.paths[:32]):
+    for image, path in enumerate(index.paths[:CHECKED]):
         torch.manual_seed(image)
         wanted_HWC = np.asarray(theirs(Image.open(index.root / path).convert("RGB")), dtype=int)
         torch.manual_seed(image)
@@ -221,15 +229,46 @@ def build(
     return {name: runs[name] for name in dict.fromkeys([*first, *runs])}
 
 
-def measure(runs: dict[str, Callable[[], Timing]], *, rounds: int) -> dict[str, list[Timing]]:
-    """Return the times of each run and round; one round warms up."""
+def cost_s(root: Path) -> float:
+    """Return the seconds of one image in torchvision's loader, alone."""
+    transform, paths = of_pillow(), sorted((root / "train").rglob("*.JPEG"))[:CHECKED]
+    started = time.perf_counter()
+    for path in paths:
+        transform(Image.open(path).convert("RGB"))
+    return (time.perf_counter() - started) / len(paths)
+
+
+def measure(
+    runs: dict[str, Callable[[], Timing]], planned: Iterable[bool]
+) -> Iterator[dict[str, list[Timing]]]:
+    """Yield after each round the times of each run in the rounds so far.
+
+    `planned` says of each round whether it is measured, or warms up.
+    """
     found: dict[str, list[Timing]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
+    for number, is_measured in enumerate(planned):
         for name in list(runs) if number % 2 else list(reversed(runs)):
             timing = runs[name]()
-            if number:
+            if is_measured:
                 found[name].append(timing)
-    return found
+        if is_measured:
+            yield found
+
+
+def fitting(
+    images: int, epochs: int, *, make_s: float, image_s: float, limit_s: float
+) -> tuple[int, int]:
+    """Return how many images and epochs a pass can have, so that two rounds end in time.
+
+    Fewer images first, which leaves the passes long. `make_s` and `image_s` are the seconds to make
+    an image, and that it costs torchvision's loader alone.
+    """
+    for fewer in range(epochs, 0, -1) if limit_s < math.inf else ():
+        a_round_s = image_s * (OF_LOADERS * fewer + OF_DECODERS)
+        found = int(limit_s / (make_s + 2 * a_round_s))
+        if found >= FEWEST_IMAGES or fewer == 1:
+            return min(images, max(found, BATCH)), fewer
+    return images, epochs
 
 
 def summarise(found: dict[str, list[Timing]], *, cores: int) -> list[common.Row]:
@@ -277,6 +316,7 @@ def parse(
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="measure less after this")
     parser.add_argument("--out", type=Path, help=f"default: results/<date>-cpu-{name}.json")
     arguments = parser.parse_args(argv)
     if arguments.images * arguments.epochs < BATCH:
@@ -284,39 +324,66 @@ def parse(
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table and write it with what is needed to repeat it."""
-    arguments = parse(argv, "loader", __doc__, images=640, epochs=8, rounds=5)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        root, shards = Path(folder) / "images", Path(folder) / "shards"
-        make_images(root, arguments.images)
-        options = ["--root", str(root), "--out", str(shards), "--side", "0", "--splits", "train"]
-        subprocess.run(
-            [sys.executable, str(common.ROOT / "data" / "pack.py"), *options], check=True
-        )
-        levels = check(root)
-        file_bytes = [path.stat().st_size for path in (root / "train").rglob("*.JPEG")]
-        steps = arguments.images * arguments.epochs // BATCH
-        cores = len(os.sched_getaffinity(0))
-        runs = build(root, shards, workers=arguments.workers, cores=cores, steps=steps)
-        found = measure(runs, rounds=arguments.rounds)
-    rows = summarise(found, cores=cores)
-    common.print_rows(rows)
-    conditions = {
-        "images": arguments.images,
-        "epochs": arguments.epochs,
+def left_out(arguments: argparse.Namespace, **done: int) -> list[str]:
+    """Say of how many images, epochs or rounds there was no time for all."""
+    asked = {name: getattr(arguments, name) for name in done}
+    return [
+        f"{asked[name] - n} of {asked[name]} {name}" for name, n in done.items() if n < asked[name]
+    ]
+
+
+def conditions_of(
+    arguments: argparse.Namespace, root: Path, *, epochs: int, cores: int
+) -> dict[str, object]:
+    """Return what is needed to repeat a run, but for its rounds; compares the pixels first."""
+    levels = check(root)
+    file_bytes = [path.stat().st_size for path in (root / "train").rglob("*.JPEG")]
+    return {
+        "images": len(file_bytes),
+        "epochs": epochs,
         "mean_bytes": round(statistics.mean(file_bytes)),
         "size": SIZE,
         "quality": QUALITY,
         "workers": arguments.workers,
         "cores": cores,
-        "rounds": arguments.rounds,
         "pixel_levels_apart": levels,
         "scaled_decode": scaled_gain(pick_decoder("auto")[0]),
         "decoders": {name: _version(name) for name in PACKAGES},
     }
-    common.write("loader", out=arguments.out, conditions=conditions, rows=rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write after each round what is needed to repeat it, and print a table."""
+    arguments = parse(argv, "loader", __doc__, images=640, epochs=8, rounds=5)
+    torch.set_num_threads(1)
+    started, end_s = time.monotonic(), end_of(arguments.limit_s)
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        root, shards = Path(folder) / "images", Path(folder) / "shards"
+        first = min(BATCH, arguments.images)
+        make_images(root, first)
+        make_s = (time.monotonic() - started) / first
+        image_s = cost_s(root)
+        left_s = end_s - time.monotonic()
+        images, epochs = fitting(
+            arguments.images, arguments.epochs, make_s=make_s, image_s=image_s, limit_s=left_s
+        )
+        make_images(root, images, first=first)
+        options = ["--root", str(root), "--out", str(shards), "--side", "0", "--splits", "train"]
+        subprocess.run(
+            [sys.executable, str(common.ROOT / "data" / "pack.py"), *options], check=True
+        )
+        steps = images * epochs // BATCH
+        conditions = conditions_of(arguments, root, epochs=epochs, cores=cores)
+        runs = build(root, shards, workers=arguments.workers, cores=cores, steps=steps)
+        for found in measure(runs, rounds(arguments.rounds, warm_up=1, end_s=end_s)):
+            rows, done = summarise(found, cores=cores), len(found["torchvision"])
+            cut = left_out(arguments, images=images, epochs=epochs, rounds=done)
+            measured = {"rounds": done, "cut": cut}
+            common.write("loader", out=arguments.out, conditions=conditions | measured, rows=rows)
+    common.print_rows(rows)
+    if cut:
+        print(f"no time for: {', '.join(cut)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 from benchmarks import common
+from benchmarks.clock import end_of, rounds
 from benchmarks.decoders import Timing
 from benchmarks.jpegs import QUALITY, SIZE, make_images
 from benchmarks.loader import BATCH, measure, ours, parse, ratio, rival, timed
@@ -110,9 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     steps = arguments.images * arguments.epochs // BATCH
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), arguments.images)
-        found = measure(
-            build(Path(folder), arguments.workers, steps=steps), rounds=arguments.rounds
-        )
+        runs = build(Path(folder), arguments.workers, steps=steps)
+        planned = rounds(arguments.rounds, warm_up=1, end_s=end_of(arguments.limit_s))
+        *_, found = measure(runs, planned)
     rows = summarise(found)
     common.print_rows(rows)
     conditions = {
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         "quality": QUALITY,
         "workers": arguments.workers,
         "cores": len(os.sched_getaffinity(0)),
-        "rounds": arguments.rounds,
+        "rounds": len(found[f"timm, {RECIPES[0]}"]),
     }
     common.write("loader_recipes", out=arguments.out, conditions=conditions, rows=rows)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 import moe
 from benchmarks import common
-from benchmarks.clock import Clock, Run, interleave, wall_clock
+from benchmarks.clock import Clock, Run, end_of, interleave, wall_clock
 from layers.modules import Mlp
 from options.schema import MoEOptions
 from routers.router import Router
@@ -176,7 +177,9 @@ def check(layers: dict[str, nn.Module], x_BLD: Tensor, dy_BLD: Tensor) -> None:
                 raise ValueError(f"{name}: {key} is {error:.1e} off that of {OURS}")
 
 
-def rows_of(shape: tuple[int, int, int], *, repeats: int, clock: Clock) -> list[common.Row]:
+def rows_of(
+    shape: tuple[int, int, int], *, repeats: int, clock: Clock, end_s: float = math.inf
+) -> list[common.Row]:
     """Return a row per layer for tokens of one shape (T, D, F)."""
     num_tokens, dim, hidden_dim = shape
     generator = torch.Generator().manual_seed(1)
@@ -188,11 +191,13 @@ def rows_of(shape: tuple[int, int, int], *, repeats: int, clock: Clock) -> list[
         name: functools.partial(differentiate, layer, x_BLD, dy_BLD)
         for name, layer in layers.items()
     }
-    times = interleave(steps, clock, repeats=repeats)
+    times = interleave(steps, clock, repeats=repeats, end_s=end_s)
     rows = common.summarise(times, rival=RIVAL)
     for row, values in zip(rows, times.values(), strict=True):
         row["of_ours"] = common.ratio(values, times[OURS])
-    return [{"tokens": num_tokens, "dim": dim, "hidden": hidden_dim, **row} for row in rows]
+    rounds = len(times[OURS])
+    place = {"tokens": num_tokens, "dim": dim, "hidden": hidden_dim, "rounds": rounds}
+    return [{**place, **row} for row in rows]
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -202,28 +207,30 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    """Measure, print a table and write it with what is needed to repeat it."""
+    """Measure, print a table and write it, after each shape, with what is needed to repeat it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", type=parse_shape, nargs="+", default=SHAPES, metavar="T,D,F")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="fewer rounds after this")
     parser.add_argument("--out", type=Path, help="default: results/<date>-cpu-moe.json")
     arguments = parser.parse_args()
     if arguments.clock == "cpu" and arguments.threads > 1:
         parser.error("--clock cpu: needs --threads 1, waiting threads count as busy")
     torch.set_num_threads(arguments.threads)
-    rows = []
-    for shape in arguments.shapes:
-        rows += rows_of(shape, repeats=arguments.repeats, clock=CLOCKS[arguments.clock])
-        common.print_rows(rows[-len(LOOPS) - 2 :])
+    rows, share_s = [], arguments.limit_s / len(arguments.shapes)
     conditions = {
         "experts": NUM_EXPERTS,
         "choices": TOP_K,
         "clock": arguments.clock,
         "repeats": arguments.repeats,
     }
-    common.write("moe", out=arguments.out, conditions=conditions, rows=rows)
+    for number, shape in enumerate(arguments.shapes, 1):
+        clock, end_s = CLOCKS[arguments.clock], end_of(number * share_s)
+        rows += rows_of(shape, repeats=arguments.repeats, clock=clock, end_s=end_s)
+        common.print_rows(rows[-len(LOOPS) - 2 :])
+        common.write("moe", out=arguments.out, conditions=conditions, rows=rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common, folders, steps
-from benchmarks.clock import Run, clock_of, interleave
+from benchmarks.clock import Run, clock_of, end_of, interleave
 from benchmarks.moe_check import library_errors
 from benchmarks.moe_kernels import PEAK_BYTES
 from layers import te
@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         runs = {name: update for name, (update, _) in ways.items()}
         runs[STREAM] = streaming(world.device, num_bytes=arguments.streamed_bytes)
         clock = clock_of(world.device)
-        times = interleave(runs, clock, repeats=arguments.repeats, limit_s=arguments.limit_s)
+        end_s = end_of(arguments.limit_s)
+        times = interleave(runs, clock, repeats=arguments.repeats, end_s=end_s)
         stream_ms = times.pop(STREAM)
         floor_ms = floors_ms(
             stream_ms,

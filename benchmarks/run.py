@@ -4,8 +4,9 @@
     python -m benchmarks.run gpu [--limit-s 570] [--parts step_gpu] [--match 'dense B16'] [--dry]
 
 Each part is a program of its own (python -m benchmarks.<part>), one after the other, so that none
-disturbs another. A part gets a share of the time and what parts before it left; past that it is
-ended, and what it had written by then is kept. All results go to one file,
+disturbs another. A part gets a share of the time and what parts before it left, and measures less
+where that is short. Past it, it is ended, and what it had written by then is kept; that is said and
+is no failure, as a part that is wrong is. All results go to one file,
 benchmarks/results/<date>-<device>.json, from which benchmarks/tables.py makes the tables of
 benchmarks/NOTES.md and docs/performance.md. --dry runs the same programs with tiny sizes, always on
 a CPU, and keeps nothing but what --out names. Imports no torch: it only starts others.
@@ -42,8 +43,8 @@ TINY = ("model.vit.embed_dim=24", "model.vit.depth=2", "model.vit.num_heads=2")
 class Part:
     """A benchmark: its program, how much of the time it gets, what it is called with.
 
-    measuring: the share of its time after which it begins nothing new; the rest is for imports,
-    building and checking.
+    measuring: the share of its time, from the start of its process, after which it begins nothing
+    new; the rest is for what it has begun.
     """
 
     name: str
@@ -52,8 +53,7 @@ class Part:
     arguments: tuple[str, ...] = ()
     dry: tuple[str, ...] = ()
     threads: int = 1
-    has_limit: bool = True
-    measuring: float = 0.6
+    measuring: float = 0.7
 
 
 PARTS = {
@@ -72,7 +72,6 @@ PARTS = {
             80,
             ("--clock", "cpu", "--repeats", "12"),
             dry=("--shapes", "24,16,24", "--repeats", "2"),
-            has_limit=False,
         ),
         Part(
             "loader",
@@ -80,7 +79,6 @@ PARTS = {
             110,
             ("--images", "512", "--rounds", "3"),
             dry=("--images", "64", "--epochs", "1", "--rounds", "2"),
-            has_limit=False,
         ),
         Part("checkpoint_save", "checkpoint_save", 60, dry=("--repeats", "2", *TINY)),
         Part("launch", "launch", 80, dry=("--rounds", "2", "--warm-up", "0")),
@@ -140,8 +138,7 @@ def command(
     """Return the command line of a part."""
     words = [sys.executable, "-m", f"benchmarks.{part.module}", "--out", str(out)]
     words += part.dry if is_dry else part.arguments
-    if part.has_limit:
-        words += ["--limit-s", str(round(part.measuring * budget_s, 1))]
+    words += ["--limit-s", str(round(part.measuring * budget_s, 1))]
     if part.name == "checkpoint_save":  # what it writes goes with this run, even if it is ended
         words += ["--folder", str(out.parent)]
     if match is not None and part.name in MATCHING:
@@ -149,8 +146,16 @@ def command(
     return words
 
 
+class OutOfTimeError(Exception):
+    """A part was ended when its time was."""
+
+
 def finish(words: list[str], *, threads: int, budget_s: float) -> str | None:
-    """Run a command to its end or the end of its time; return what went wrong, None if nothing."""
+    """Run a command to its end; return what went wrong, None if nothing.
+
+    Raises:
+        OutOfTimeError: Its time came first, and it was ended.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -165,39 +170,52 @@ def finish(words: list[str], *, threads: int, budget_s: float) -> str | None:
             process.send_signal(signal.SIGINT)  # so that it deletes its temporary files
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
-            return f"ended after its {budget_s:.0f} s"
+            raise OutOfTimeError(f"ended after its {budget_s:.0f} s") from None
         finally:
             with contextlib.suppress(ProcessLookupError):  # none of its processes is left
                 os.killpg(process.pid, signal.SIGKILL)
     return None if code == 0 else f"exit code {code}"
 
 
+def rows_of(result: dict) -> int:
+    """Return how many rows or cases a part has written."""
+    return len(result.get("rows") or result.get("cases") or ())
+
+
 def run_parts(
     parts: list[Part], folder: Path, *, limit_s: float, is_dry: bool, match: str | None
-) -> tuple[dict[str, dict], dict[str, str]]:
-    """Return the results by part, and what went wrong by part."""
+) -> tuple[dict[str, dict], dict[str, str], dict[str, str]]:
+    """Return the results by part, what went wrong by part, and what there was no time for."""
     total, saved_s = sum(part.seconds for part in parts), 0.0
     results: dict[str, dict] = {}
     faults: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
     for part in parts:
         budget_s = max(0.0, limit_s * part.seconds / total + saved_s)
         out = folder / f"{part.name}.json"
         words = command(part, out=out, budget_s=budget_s, is_dry=is_dry, match=match)
         print(f"\n{part.name}, at most {budget_s:.0f} s: {' '.join(words[1:])}", flush=True)
-        started = time.monotonic()
-        fault = finish(words, threads=1 if is_dry else part.threads, budget_s=budget_s)
+        started, fault = time.monotonic(), None
+        try:
+            fault = finish(words, threads=1 if is_dry else part.threads, budget_s=budget_s)
+        except OutOfTimeError as error:
+            unfinished[part.name] = str(error)
         took_s = time.monotonic() - started
         saved_s = budget_s - took_s
         if out.exists():
             results[part.name] = json.loads(out.read_text("utf-8")) | {"took_s": round(took_s, 1)}
-        elif fault is None:
+        elif fault is None and part.name not in unfinished:
             fault = "wrote no result"
         if fault is not None:
             faults[part.name] = fault
-    return results, faults
+        if part.name in unfinished:
+            unfinished[part.name] += f", with {rows_of(results.get(part.name, {}))} rows written"
+    return results, faults, unfinished
 
 
-def merge(results: dict[str, dict], faults: dict[str, str], *, kind: str) -> dict[str, object]:
+def merge(
+    results: dict[str, dict], faults: dict[str, str], unfinished: dict[str, str], *, kind: str
+) -> dict[str, object]:
     """Return one result of all parts: what they share once, then the parts."""
     first = next(iter(results.values()), {})
     head = {key: first[key] for key in SHARED if key in first}
@@ -205,7 +223,8 @@ def merge(results: dict[str, dict], faults: dict[str, str], *, kind: str) -> dic
         name: {key: value for key, value in part.items() if head.get(key) != value}
         for name, part in results.items()
     }
-    return {"benchmark": kind, **head, "faults": faults, "parts": parts}
+    lists = {"faults": faults, "unfinished": unfinished}
+    return {"benchmark": kind, **head, **lists, "parts": parts}
 
 
 def free_path(device: str, *, date: str) -> Path:
@@ -238,14 +257,14 @@ def main(argv: list[str] | None = None) -> int:
     parts = choose(options.kind, options.parts)
     # On the disk of the results: where others are temporary, they may be memory.
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".bench-") as folder:
-        results, faults = run_parts(
+        results, faults, unfinished = run_parts(
             parts, Path(folder), limit_s=options.limit_s, is_dry=options.dry, match=options.match
         )
     for name, result in results.items():
         result["commit"] = options.commit or result["commit"]
-        if name in faults:
-            result["fault"] = faults[name]
-    merged = merge(results, faults, kind=options.kind) | {"is_dry": options.dry}
+        if why := faults.get(name) or unfinished.get(name):
+            result["fault"] = why
+    merged = merge(results, faults, unfinished, kind=options.kind) | {"is_dry": options.dry}
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     out = options.out
     if out is None and results and not options.dry:
@@ -254,8 +273,8 @@ def main(argv: list[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(merged, indent=1) + "\n", "utf-8")
         print(f"\nwritten to {out}")
-    for name, fault in faults.items():
-        print(f"{name}: {fault}", file=sys.stderr)
+    for name, what in [*faults.items(), *unfinished.items()]:
+        print(f"{name}: {what}", file=sys.stderr)
     if not options.dry:
         tables.main([])
     return len(faults)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from benchmarks import common, steps
+from benchmarks import clock, common, steps
 from benchmarks.train_step import OVERRIDES
 from options import compose
 from parallel import distributed, launch
@@ -128,7 +128,7 @@ def check(first: list[float]) -> None:
 
 
 def measure(
-    config_name: str, overrides: list[str], *, rounds: int, limit_s: float
+    config_name: str, overrides: list[str], *, rounds: int, end_s: float
 ) -> list[common.Row]:
     """Return a row per way to use two cores."""
     batch = compose.compose(config_name, overrides).dataset.train.batch_size
@@ -138,14 +138,12 @@ def measure(
     with processes([*together, *apart], config_name, overrides) as pipes:
         check([receive(pipe) for pipe in pipes])
         ways = {IDEAL: pipes[RANKS:], OURS: pipes[:RANKS], ALONE: pipes[RANKS : RANKS + 1]}
-        started = time.monotonic()
-        for number in range(rounds + WARM_UP):
+        planned = clock.rounds(rounds, warm_up=WARM_UP, end_s=end_s)
+        for number, is_measured in enumerate(planned):
             for name in list(ways) if number % 2 else list(reversed(ways)):
                 rate = images_per_s(ways[name], batch=batch)
-                if number >= WARM_UP:
+                if is_measured:
                     rates[name].append(rate)
-            if time.monotonic() - started > limit_s and number >= WARM_UP + 2:
-                break
     return [
         {
             "config": config_name,
@@ -173,9 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     launch.keep_freed_memory()  # as a run does
     share_s, rows = arguments.limit_s / len(arguments.configs), []
     conditions = {"overrides": arguments.overrides, "steps_per_round": STEPS}
-    for config in arguments.configs:
+    for number, config in enumerate(arguments.configs, 1):
         overrides = [*OVERRIDES, *arguments.overrides]
-        rows += measure(config, overrides, rounds=arguments.rounds, limit_s=share_s)
+        end_s = clock.end_of(number * share_s)
+        rows += measure(config, overrides, rounds=arguments.rounds, end_s=end_s)
         common.print_rows([row for row in rows if row["config"] == config])
         common.write("scaling", out=arguments.out, conditions=conditions, rows=rows)
 

@@ -187,7 +187,7 @@ def measure(
     runs = {name: contender.made.step for name, contender in ready.items()}
     clock = step_clock(device, steps=1 if setting.is_dry else STEPS)
     try:
-        times = interleave(runs, clock, repeats=repeats, limit_s=limit_s)
+        times = interleave(runs, clock, repeats=repeats, end_s=time.monotonic() + limit_s)
     except library_errors(setting.kernels) as error:  # all at once may be too much memory
         return [*failed, fault_row(group, "all of them in turns", error)]
     for contender in ready.values():

@@ -40,7 +40,8 @@ def parts_of(path: Path) -> list[Part]:
     whole = json.loads(path.read_text("utf-8"))
     if "parts" not in whole:
         return [whole]
-    head = {key: value for key, value in whole.items() if key not in ("parts", "faults")}
+    lists = ("parts", "faults", "unfinished")
+    head = {key: value for key, value in whole.items() if key not in lists}
     return [head | {"benchmark": name} | part for name, part in whole["parts"].items()]
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, steps
-from benchmarks.clock import interleave, wall_clock
+from benchmarks.clock import end_of, interleave, wall_clock
 from benchmarks.steps import Step
 from options import compose
 from options.schema import Config
@@ -58,13 +58,13 @@ def check(contenders: Mapping[str, Step]) -> None:
     steps.check_losses(first, rival=RIVAL, dtype=torch.float32)
 
 
-def measure(config: Config, *, repeats: int, limit_s: float) -> list[common.Row]:
+def measure(config: Config, *, repeats: int, end_s: float) -> list[common.Row]:
     """Return a row per loop for the batch of `config`."""
     batch = config.dataset.train.batch_size
     with distributed.process_group("cpu", timeout_s=600) as world:
         contenders = build_steps(config, world)
         check(contenders)
-        times = interleave(contenders, wall_clock, repeats=repeats, limit_s=limit_s)
+        times = interleave(contenders, wall_clock, repeats=repeats, end_s=end_s)
     rounds = len(times[RIVAL])
     rows = common.summarise(times, rival=RIVAL)
     return [{"batch": batch, "rounds": rounds, **row} for row in rows]
@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     share_s = arguments.limit_s / len(arguments.batches)
     conditions = {"config": arguments.config_name, "overrides": arguments.overrides}
     rows = []
-    for batch in arguments.batches:
+    for number, batch in enumerate(arguments.batches, 1):
         overrides = [*OVERRIDES, *arguments.overrides, f"dataset.train.batch_size={batch}"]
         config = compose.compose(arguments.config_name, overrides)
-        rows += measure(config, repeats=arguments.repeats, limit_s=share_s)
+        rows += measure(config, repeats=arguments.repeats, end_s=end_of(number * share_s))
         common.print_rows([row for row in rows if row["batch"] == batch])
         common.write("train_step", out=arguments.out, conditions=conditions, rows=rows)
 

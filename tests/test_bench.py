@@ -3,12 +3,14 @@ stands in the tables; the GPU's run dry on a CPU."""
 
 import functools
 import json
+import math
 import multiprocessing
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 
 from benchmarks import (
     checkpoint_save,
+    clock,
     common,
     fed,
     launch,
@@ -158,7 +161,7 @@ def test_every_part_is_a_program_that_knows_its_arguments():
     for part in {part for parts in run.PARTS.values() for part in parts}:
         text = (run.ROOT / "benchmarks" / f"{part.module}.py").read_text()
         names = [word for word in (*part.arguments, *part.dry, "--out") if word.startswith("--")]
-        names += ["--limit-s"] if part.has_limit else []
+        names += ["--limit-s"]
         assert not [name for name in names if f'"{name}"' not in text]
 
 
@@ -200,14 +203,14 @@ def test_a_part_past_its_time_is_ended_and_keeps_what_it_wrote(tmp_path, monkeyp
 
     monkeypatch.setattr(run, "command", command)
     out = tmp_path / "result.json"
-    assert run.main(["cpu", "--dry", "--limit-s", "9", "--out", str(out)]) == 2
+    assert run.main(["cpu", "--dry", "--limit-s", "9", "--out", str(out)]) == 1, "one is wrong"
     result = json.loads(out.read_text())
     assert set(result["parts"]) == set(arguments)
     assert result["commit"] == "abc"
     assert "commit" not in result["parts"]["fine"], "what all share stands once"
-    assert result["faults"]["wrong"] == "exit code 3"
-    assert result["faults"]["late"].startswith("ended after its")
-    assert result["parts"]["late"]["fault"] == result["faults"]["late"]
+    assert result["faults"] == {"wrong": "exit code 3"}
+    assert re.fullmatch(r"ended after its \d s, with 1 rows written", result["unfinished"]["late"])
+    assert result["parts"]["late"]["fault"] == result["unfinished"]["late"]
     assert "late: ended after its" in capsys.readouterr().err
 
 
@@ -223,9 +226,64 @@ def test_a_run_never_writes_over_another(tmp_path, monkeypatch):
     assert run.free_path("cpu, 2 threads", date="2026-01-01").name == "2026-01-01-cpu.json"
 
 
-def test_rounds_end_with_the_time_but_not_before_the_third():
-    times = interleave({"a": lambda: None}, wall_clock, repeats=50, limit_s=0)
-    assert len(times["a"]) == 3
+def test_without_time_there_is_one_round_after_one_that_warms_up():
+    calls = []
+    times = interleave({"a": lambda: calls.append("a")}, wall_clock, repeats=50, end_s=0)
+    assert (len(times["a"]), len(calls)) == (1, 2)
+    assert set(common.summarise(times, rival="a")[0]) == {"loop", "median_ms", "ratio"}
+
+
+def test_rounds_end_with_the_time(monkeypatch):
+    seconds = iter([1, 2, 3, 9, 10, 11])
+    monkeypatch.setattr(clock.time, "monotonic", lambda: next(seconds))
+    assert list(clock.rounds(50, warm_up=2, end_s=10)) == [False, False, True, True, True]
+    seconds = iter([1, 12, 13])
+    assert list(clock.rounds(50, warm_up=2, end_s=10)) == [False, True]
+    seconds = iter(range(9))
+    assert list(clock.rounds(2, warm_up=1, end_s=100)) == [False, True, True]
+
+
+def test_the_time_of_a_part_begins_with_its_process():
+    program = "import time; time.sleep(0.5); from benchmarks import clock; print({})"
+    shown = program.format("clock.process_age_s(), clock.end_of(100) - time.monotonic()")
+    started = time.monotonic()
+    words = [sys.executable, "-c", shown]
+    done = subprocess.run(words, cwd=run.ROOT, capture_output=True, text=True, check=True)
+    age_s, left_s = map(float, done.stdout.split())
+    assert 0.4 < age_s < time.monotonic() - started + 0.1
+    assert left_s == pytest.approx(100 - age_s, abs=1)
+
+
+def test_a_part_without_a_row_when_its_time_is_up_is_said_and_is_no_failure(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(run.PARTS, "cpu", (run.Part("slow", "slow", 1),))
+    words = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(run, "command", lambda *_, **__: words)
+    out = tmp_path / "result.json"
+    assert run.main(["cpu", "--dry", "--limit-s", "1", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["unfinished"] == {
+        "slow": "ended after its 1 s, with 0 rows written"
+    }
+    assert "slow: ended after its 1 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "expected"),
+    [
+        (math.inf, (640, 8)),
+        # An image: 0.02 s to make, twice 0.01 (4 x 8 + 14) s to measure: 0.94 s.
+        (640 * 0.94 + 0.1, (640, 8)),
+        (128 * 0.94 + 0.1, (128, 8)),
+        # With 2 epochs 0.02 + 0.02 (4 x 2 + 14) = 0.46 s; with 3 it would be 0.54 s.
+        (128 * 0.46 + 0.1, (128, 2)),
+        (1, (64, 1)),
+        (-1, (64, 1)),
+    ],
+)
+def test_on_a_slow_day_the_loader_has_fewer_images_then_shorter_passes(limit_s, expected):
+    found = loader.fitting(640, 8, make_s=0.02, image_s=0.01, limit_s=limit_s)
+    assert found == expected
 
 
 def dry_steps(out):
@@ -354,7 +412,8 @@ def test_parts_write_what_the_tables_need(tmp_path):
 def loaders(folder):
     for part in (loader, loader_recipes):
         out = str(folder / f"{part.__name__}.json")
-        part.main(["--images", "64", "--epochs", "1", "--rounds", "1", "--out", out])
+        limit = ["--limit-s", "0.1"] if part is loader else []
+        part.main(["--images", "72", "--epochs", "2", "--rounds", "2", "--out", out, *limit])
 
 
 def test_loaders_write_what_their_tables_need(tmp_path):
@@ -366,6 +425,8 @@ def test_loaders_write_what_their_tables_need(tmp_path):
         for name, text in made.items()
     }
     assert {"| torchvision", "| torchvision, tensors"} < {row[0] for row in rows["loader"]}
+    cut = "no time for: 8 of 72 images, 1 of 2 epochs, 1 of 2 rounds."
+    assert cut in made["loader"]
     assert [row[0] for row in rows["loader recipes"]] == [
         f"| {side}, {recipe}" for recipe in loader_recipes.RECIPES for side in ("timm", "moevit")
     ]
