@@ -348,7 +348,7 @@ def _check_init(config: Config) -> None:
     is_auto = o.mode == "auto" and o.checkpoint is None
     if o.mode == "scratch" or is_auto:
         why = f"init.mode={o.mode}" + (" and no init.checkpoint" if is_auto else "")
-        init.refuse_changed("checkpoint", *about_experts, why=why)
+        init.refuse_changed("checkpoint", "weights", *about_experts, why=why)
     init.require(
         o.mode in ("auto", "scratch") or o.checkpoint is not None, "mode", "needs init.checkpoint"
     )

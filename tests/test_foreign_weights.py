@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import evaluate
 from options import compose
 from tests.support.models import DEPTH, DIM, HEADS, assert_equal, model_of
-from training import network
+from training import network, pretrained
 from weights import families, pickles
 from weights.sources import Choice, read_source
 
@@ -80,6 +80,18 @@ def test_plain_values_beside_weights_come_back_as_python_has_them(tmp_path):
     assert found["values"] == [76.5, -3, 1.5, True, 200]
     assert [type(value) for value in found["values"]] == [float, int, float, bool, int]
     assert vars(found["args"]) == {"lr": 0.1, "path": "a/b"}
+
+
+def test_a_run_begins_with_the_weights_that_init_weights_names(dense, tmp_path, monkeypatch):
+    weights, path = dense.state_dict(), str(tmp_path / "x.pth")
+    torch.save({"state_dict": weights, "state_dict_ema": plus(weights, 1)}, path)
+    for which, number in ((None, 1), ("ema", 1), ("model", 0)):
+        assert_equal(pretrained.read(path, which).weights, plus(weights, number))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"init\.weights=ema: timm's deit_tiny_patch16_224 has one"
+    ):
+        pretrained.read("deit_tiny_patch16_224", "ema")
 
 
 @pytest.mark.parametrize("which", [None, "ema"])
@@ -422,3 +434,22 @@ def test_evaluate_names_the_option_that_a_file_needs(tmp_path, capsys, made, giv
     words = [str(tmp_path / "x.pth"), "--config-name", WITHOUT, *SIZES, *LIKE_DEIT, *given]
     assert evaluate.main(words) == 2
     assert capsys.readouterr().err.rstrip().endswith(f"; it may be one with {needed}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_names_of_classes_are_read_with_or_without_a_mark_and_errors_name_the_file(
+    tmp_path, encoding
+):
+    (tmp_path / "names.txt").write_text("ant\nb\u00e9e\n", encoding)
+    if encoding == "utf-16":
+        with pytest.raises(ValueError, match=r"--names .*names\.txt: must be UTF-8 text"):
+            evaluate.read_names(tmp_path / "names.txt", 2, ())
+    else:
+        assert evaluate.read_names(tmp_path / "names.txt", 2, ()) == ["ant", "b\u00e9e"]
+
+
+def test_a_name_without_end_is_shown_in_part(tmp_path):
+    torch.save({"a" * 10**5: torch.ones(2, 2)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"weights a{200}\.\.\.: our ViT has no such") as caught:
+        read(tmp_path / "x.pth")
+    assert len(str(caught.value)) < 1000

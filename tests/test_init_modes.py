@@ -467,6 +467,7 @@ def test_a_gate_option_without_made_experts_is_refused(dense):
     [
         (["init.mode=scratch", "init.checkpoint=x"], "init.checkpoint=x: has no effect"),
         (["init.mode=deit_warm_start"], "init.mode=deit_warm_start: needs init.checkpoint"),
+        (["init.weights=ema"], "init.weights=ema: has no effect with init.mode=auto and no"),
         (["init.experts=copy"], "init.experts=copy: has no effect with init.mode=auto"),
         (["init.checkpoint=x", "init.gate_std=1"], "has no effect with model.moe.num_experts=0"),
         (["init.checkpoint=x", "init.mode=deit_upcycling"], "needs model.moe.num_experts > 0"),

@@ -94,8 +94,8 @@ class MtlFile:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return up to six of `names`, sorted, and how many more there are."""
-    ordered = sorted(names)
+    """Return up to six of `names`, sorted and not endless, and how many more there are."""
+    ordered = sorted(name if len(name) < 200 else f"{name[:200]}..." for name in names)
     rest = f" and {len(ordered) - 6} more" if len(ordered) > 6 else ""
     return ", ".join(ordered[:6]) + rest
 
