@@ -128,6 +128,7 @@ def process_group(device: str, *, timeout_s: float) -> Iterator[World]:
         launch.keep_freed_memory()
     if "RANK" in os.environ:
         place = launch.check_meeting_place()
+        launch.stop_with_launcher()
         try:
             dist.init_process_group(backend, timeout=timeout)
         except dist.DistNetworkError as err:

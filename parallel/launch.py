@@ -1,6 +1,7 @@
 """How this process was started: as one of torchrun's ranks, or alone.
 
-torchrun's variables -> launch_facts -> check_meeting_place; and glibc's settings for training
+torchrun's variables -> launch_facts -> check_meeting_place -> stop_with_launcher; and glibc's
+settings for training
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 FACTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PORTS = range(1, 2**16)
 FIND_HOST_S = 20  # DNS may not know a machine that has just started
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def _number(name: str) -> int:
@@ -95,6 +98,17 @@ def check_meeting_place() -> str:
             time.sleep(1)
         else:
             return f"{address}:{port}"
+
+
+def stop_with_launcher() -> None:
+    """Ask for SIGTERM when torchrun dies, so that this rank saves and stops as on any SIGTERM.
+
+    A signal that torchrun does not handle ends torchrun alone. Its ranks would go on unseen, keep
+    their GPUs, and fail later, since the store where they meet is torchrun's. Linux only.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def keep_freed_memory() -> None:

@@ -1,8 +1,4 @@
-"""Shared test tools: a runner of gloo ranks, and small datasets.
-
-MOEVIT_TEST_TIMEOUT_S: the seconds that a test's ranks have for their result, 180 if not set. Give
-more on a slow or busy machine: `make test MOEVIT_TEST_TIMEOUT_S=600`.
-"""
+"""Shared test tools: a runner of gloo ranks, and small datasets."""
 
 import os
 
@@ -10,10 +6,10 @@ import os
 # that makes a pool, which a child's threads then race to throw away ("Invalid thread pool").
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import contextlib
 import gc
 import multiprocessing
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +20,7 @@ from PIL import Image
 
 from parallel import distributed
 from tests.support.options import small_options
-
-TIMEOUT_S = float(os.environ.get("MOEVIT_TEST_TIMEOUT_S", "180"))
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+from tests.support.processes import TIMEOUT_S, meeting_place
 
 
 def _child(variables, pipe, fn, args):
@@ -52,22 +41,24 @@ def _child(variables, pipe, fn, args):
         os._exit(status)
 
 
+def _end(process: multiprocessing.Process) -> None:
+    process.join(5)
+    if process.is_alive():
+        process.kill()
+
+
 def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = TIMEOUT_S) -> list:
     """Run `fn(world, *args)` on gloo ranks in forked processes; return their results by rank."""
     context = multiprocessing.get_context("fork")
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(_free_port())
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = context.Process(target=_child, args=(variables, sender, fn, args))
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
-    results = []
-    try:
+    pipes, results = [], []
+    with meeting_place(world_size) as places, contextlib.ExitStack() as stack:
+        for variables in places:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(variables, sender, fn, args))
+            process.start()
+            stack.callback(_end, process)
+            sender.close()
+            pipes.append(receiver)
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(timeout_s):
                 pytest.fail(
@@ -81,11 +72,6 @@ def run_ranks(world_size: int, fn: Callable, *args, timeout_s: float = TIMEOUT_S
             if not is_ok:
                 pytest.fail(f"rank {rank} of {world_size}:\n{value}")
             results.append(value)
-    finally:
-        for process in processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
     return results
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import socket
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from images.cache import index_images
 from images.reading import decode_rgb
 from options import compose
 from options.schema import CheckpointOptions, MoEOptions
+from tests.support.processes import meeting_place
 from training import loaders, network
 
 
@@ -50,20 +50,26 @@ def trained(ranks, tmp_path_factory, image_folder):
     return folder, next(line for line in lines if line["event"] == "val"), config
 
 
-def run_alone(_, words):
-    """The command line in a process whose group is its own to make."""
-    dist.destroy_process_group()
-    try:
-        return evaluate.main(words)
-    finally:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def run_alone(ranks, num_ranks, words):
+    """The exit codes of a command line in processes whose group is their own to make."""
+    with meeting_place(num_ranks) as places:  # of their own: the group of before left its traces
+
+        def program(world):
+            dist.destroy_process_group()
+            os.environ.update(places[world.rank])
+            try:
+                return evaluate.main(words)
+            finally:
+                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+        return ranks(num_ranks, program)
 
 
 def evaluated(ranks, *arguments, tmp_path):
     path = tmp_path / "scores.json"
     words = [*map(str, arguments), "--json", str(path)]
 
-    assert ranks(1, run_alone, words) == [0]
+    assert run_alone(ranks, 1, words) == [0]
     return json.loads(path.read_text())
 
 
@@ -91,15 +97,7 @@ def test_exported_weights_score_the_same(ranks, trained, tmp_path, to):
 
 def test_two_ranks_score_as_one(ranks, trained, capfd):
     folder, val, _ = trained
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def run_as_torchrun_does(_):
-        os.environ["MASTER_PORT"] = str(port)  # the group of before may hold its own
-        return run_alone(_, [str(folder), "--per-class"])
-
-    assert ranks(2, run_as_torchrun_does) == [0, 0]
+    assert run_alone(ranks, 2, [str(folder), "--per-class"]) == [0, 0]
     shown = capfd.readouterr().out
     assert f"{val['top1']:.2f} % of 7 validation images" in shown
     assert shown.count("n00000002") == 1, "a line for each class, by one rank"
@@ -299,7 +297,7 @@ def test_mistakes_are_one_line(ranks, trained, capfd, arguments, message):
     loss = newest.name.rpartition("_")[2]
     words = [argument.format(run=folder, loss=loss) for argument in arguments]
 
-    assert ranks(1, run_alone, words) == [2]
+    assert run_alone(ranks, 1, words) == [2]
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error (rank 0)")
     assert re.search(message, last)

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 from tests.support import faults
+from training import stopping
 from weights import verify
 from weights.background import AsyncSaver, Committed
 
@@ -52,7 +53,7 @@ def requests_to_stop(world, saver, root):
     saver.prepare(faults.tensors(1.0))
     saver.worker.wait_ready()
     worker = saver.worker.process.pid
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (*stopping.SIGNALS, signal.SIGINT):
         os.kill(worker, number)
     begin(saver, root, faults.tensors(1.0))
     return isinstance(saver.drain(), Committed) and saver.worker.process.pid == worker

@@ -93,7 +93,8 @@ def type_command(line, house):
         return pages.run(["-m", "tensorboard.main", *words[1:], "--inspect"], house)
     if words[0] == "torchrun":
         assert words[1] == "--nproc-per-node"
-        return pages.run([*words[3:], *SHRUNK], house, num_ranks=int(words[2]))
+        program = words[words.index("train.py") :]
+        return pages.run([*program, *SHRUNK], house, num_ranks=int(words[2]))
     assert words[0] == "python"
     is_training = words[1] == "train.py" and not {"--help", "--print-config"} & set(words)
     return pages.run([*words[1:], *(SHRUNK if is_training else [])], house)

@@ -1,10 +1,11 @@
 """How a program ends: a signal noticed by all ranks in the same step, an error in one line.
 
-    StopSignals: SIGTERM or SIGUSR1 -> Stopped
+    StopSignals: SIGTERM, SIGUSR1 or SIGHUP -> Stopped
     exit_code: what a program raises -> one line on stderr and the exit code -> leave
 
-Schedulers send SIGTERM or SIGUSR1 before they take a machine away; torchrun passes SIGTERM on to
-its ranks and kills them 30 s later. One rank may get it earlier than the others, or alone.
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away, a closed terminal sends SIGHUP.
+torchrun passes on to its ranks what it handles, SIGUSR1 only with --signals-to-handle, and kills
+them 30 s later. One rank may get it earlier than the others, or alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from weights.dcp_writer import NonFiniteTensorError
 EXIT_USER_ERROR, EXIT_NON_FINITE, EXIT_LOST_RANK, EXIT_INTERRUPTED = 2, 5, 69, 130
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 RESUMES = "; the same command resumes"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # A signal to a whole process group arrives twice, the second time through torchrun: one request.
 _SAME_REQUEST_S = 2.0
 # In a step this long, waiting for the other ranks costs nothing worth saving.
@@ -47,17 +48,19 @@ class StopSignals:
         self._name: str | None = None
         self._at = 0.0
         self._pid = os.getpid()
-        self._before: list = []
+        self._before: dict = {}
         self._poll: tuple[Tensor, dist.Work | None] | None = None
         self._polled_at = time.monotonic()
         self._is_slow = False  # the same on all ranks
 
     def __enter__(self) -> StopSignals:
-        self._before = [signal.signal(number, self._take) for number in SIGNALS]
+        # What is ignored stays so: `nohup` is there to let a run survive its terminal.
+        taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._take) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in zip(SIGNALS, self._before, strict=True):
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _take(self, number: int, _: FrameType | None) -> None:

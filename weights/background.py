@@ -37,14 +37,13 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from parallel import collectives
 from parallel.collectives import from_main
-from parallel.launch import module_environment
+from parallel.launch import PR_SET_PDEATHSIG, module_environment
 from weights import dcp_writer
 from weights.dcp_writer import Json, Plan, Source, Target, TensorTree, Written
 
 _ALIGNMENT_BYTES = 64
 _POLL_S = 0.005
 _END_S = 5.0
-_PR_SET_PDEATHSIG = 1
 # Deletes what a new checkpoint replaces; returns what could not be deleted, and why.
 Retention = Callable[[Path], Mapping[Path, str]]
 
@@ -110,11 +109,11 @@ def _commit(
 def work(pipe: int, memory: int, num_bytes: int) -> None:
     """Do the jobs that come through the pipe until the trainer is gone: a worker's main."""
     # Signals to the whole process group ask the trainer to save and stop: not to end that save.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     # The pipe's end alone would not show that the trainer is gone: loader processes, which can
     # outlive it, have inherited the other side. So the kernel is asked to kill this process.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(5)
     torch.set_num_threads(1)
     connection = Connection(pipe)

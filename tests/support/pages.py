@@ -6,12 +6,13 @@ import os
 import re
 import runpy
 import shlex
-import socket
 import sys
 import textwrap
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.processes import TIMEOUT_S, meeting_place
 
 ROOT = Path(__file__).resolve().parents[2]
 # In the order in which a newcomer reads them; a page's commands may need those before.
@@ -77,32 +78,23 @@ def _program(words, folder, variables, log):
         os._exit(status)
 
 
-def _free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 def run(words, folder, *, num_ranks=None):
     """What `python words...`, or so many ranks of it, print; they must end with exit code 0.
 
     Forked from this process, which saves the seconds that a new interpreter needs for its imports.
     """
     context = multiprocessing.get_context("fork")
-    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = _free_port()
     processes = []
-    for rank in range(num_ranks or 1):
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks else {}
-        log = folder / f"output_{rank}.txt"
-        process = context.Process(target=_program, args=(words, folder, variables, log))
-        process.start()
-        processes.append((process, log))
-    with contextlib.ExitStack() as stack:
-        for process, _ in processes:
+    with meeting_place(num_ranks or 1) as places, contextlib.ExitStack() as stack:
+        for rank, place in enumerate(places):
+            log = folder / f"output_{rank}.txt"
+            arguments = (words, folder, place if num_ranks else {}, log)
+            process = context.Process(target=_program, args=arguments)
+            process.start()
             stack.callback(process.kill)
+            processes.append((process, log))
         for process, _ in processes:
-            process.join(180)
+            process.join(TIMEOUT_S)
     codes = [process.exitcode for process, _ in processes]
     said = "".join(log.read_text() for _, log in processes)
     assert codes == [0] * len(codes), f"{shlex.join(words)}: exit codes {codes}\n{said}"
