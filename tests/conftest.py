@@ -83,6 +83,7 @@ SLOW_MODULES = {
     "test_faults_elastic",
     "test_faults_kills",
     "test_faults_run",
+    "test_faults_torchrun",
     "test_kernels_compile",
     "test_readme",
     "test_resharding",
