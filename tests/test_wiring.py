@@ -5,6 +5,7 @@ dense loops in fp64, of what a run is made of: its step, its batches, its weight
 """
 
 import dataclasses
+import json
 import math
 import os
 from itertools import chain
@@ -20,14 +21,19 @@ from timm.optim import param_groups_layer_decay
 
 import checkpoint
 import train
+from imagenet_dataset import TrainImages
 from images import cache, reading
-from moe_kernels import torch_ffn
+from moe_kernels import ops, torch_ffn
+from options.schema import InitOptions, ViTOptions
 from parallel import sharding
+from routers import router
 from tests.support import reference
 from tests.support.networks import build_vit
 from tests.support.pictures import write_image
 from tests.support.sharded import gather, worst_error
 from training import loaders, network, optim, prepare, pretrained, resume, scoring
+from weights import warm_start
+from weights.upcycling import Job, Target
 
 EXPERTS = [
     "model.moe.num_experts=4",
@@ -76,7 +82,7 @@ def gradients_of_a_step(world, config):
     [
         (1, []),
         (1, ["model.moe.capacity_factor=0.7"]),
-        (2, ["distributed.ep=2", "model.moe.capacity_factor=0.7"]),
+        (2, ["distributed.ep=2", "model.moe.capacity_factor=1.1"]),
     ],
     ids=["all experts here", "with a capacity", "experts on two ranks, with a capacity"],
 )
@@ -371,3 +377,71 @@ def test_a_scaled_crop_has_every_pixel_that_its_box_touches(tmp_path, scale):
     found_HWC = reading.rgb_of_box(source, box, at_least=(2, 2))
     assert found_HWC.shape == (3, 3, 3)
     assert (found_HWC == scaled_HWC[:3, 1:4]).all()
+
+
+def test_the_log_and_the_checkpoint_count_images_as_they_are(ranks, small_run, tmp_path):
+    """Two updates of 2 ranks x 2 microbatches x 3 images, of 24; 7 to validate on."""
+    options = ["training.steps=2", "training.grad_accum_steps=2", "dataset.train.batch_size=3"]
+    config = small_run(*options)
+    ranks(2, lambda world: train.train(config, world))
+    run_line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
+    counts = {"global_batch": 12, "epoch_images": 24, "train_images": 24, "val_images": 7}
+    assert {name: run_line[name] for name in counts} == counts
+    (folder,) = (tmp_path / "run").glob("step_2_*")
+    state = json.loads((folder / "state.json").read_text())
+    counts = {"step": 2, "images_seen": 24, "global_batch": 12, "train_images": 24, "world_size": 2}
+    assert {name: state[name] for name in counts} == counts
+
+
+@pytest.mark.parametrize("at_least", [(2, 8), (8, 2), (8, 8)])
+def test_a_scaled_crop_has_pixels_enough_both_ways(tmp_path, at_least):
+    """Of 16 x 16 pixels an eighth would do for 2, but only a half does for 8."""
+    path = tmp_path / "image.JPEG"
+    write_image(path, size=(64, 48))
+    source = reading.read_header(path.read_bytes(), is_scaled=True)
+    assert reading.rgb_of_box(source, (0, 0, 16, 16), at_least=at_least).shape == (8, 8, 3)
+
+
+def test_an_image_in_place_of_a_bad_one_may_be_bad_too(image_folder):
+    """Eight others are tried, not one of them eight times."""
+    images = TrainImages(
+        reading.ImageReader(cache.index_images(image_folder, "train")), transform=None, seed=5
+    )
+    for position in range(24):
+        first, *others = images._candidates(position)
+        assert len(others) == 8
+        assert len({first, *others}) >= 4
+
+
+@pytest.mark.parametrize("num_experts", [254, 255, 256, 257])
+def test_dropped_rows_are_last_whatever_the_number_of_experts(num_experts):
+    """Around the number that fits a byte: what is dropped must not become expert 0's."""
+    expert_id_Tk = torch.tensor([[num_experts, 0], [num_experts - 1, num_experts]])
+    plan = ops.plan_rows(expert_id_Tk, num_experts)
+    assert plan.order_R.tolist() == [1, 2, 0, 3]
+    assert plan.inverse_R.tolist() == [-1, 0, 1, -1]
+    assert plan.offset_E1.tolist() == [0] + [1] * (num_experts - 1) + [2]
+
+
+def test_an_expert_is_closed_with_the_given_probability():
+    torch.manual_seed(0)
+    ranking_TE = router.some_closed(torch.zeros(4000, 5), 0.2)
+    assert (ranking_TE == -1).float().mean().item() == pytest.approx(0.2, abs=0.015)  # 5 sigma
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_prefix"),
+    [({"class_token": False, "global_pool": "avg"}, 0), ({"reg_tokens": 2}, 3)],
+    ids=["none", "three"],
+)
+def test_positions_of_prefix_tokens_are_not_resampled(tokens, num_prefix):
+    """From 2 x 2 patches to 4 x 4, where all patches had one position and keep it."""
+    options = ViTOptions(img_size=32, patch_size=8, embed_dim=8, num_heads=2, **tokens)
+    prefix_LD = torch.arange(num_prefix * 8.0).view(num_prefix, 8)
+    source = torch.cat([prefix_LD, torch.full((4, 8), 0.5)])[None]
+    shapes = {"pos_embed": torch.Size((1, num_prefix + 16, 8))}
+    target = Target(shapes=shapes, vit=options, seed=0, experts=None)
+    job = Job({"pos_embed": source}, target, InitOptions(mode="deit_warm_start"), origin="x")
+    (entry,) = warm_start.initial_weights(job).entries
+    expected = torch.cat([prefix_LD, torch.full((16, 8), 0.5)])[None]
+    torch.testing.assert_close(entry.value(), expected)
