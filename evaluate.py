@@ -33,6 +33,7 @@ from images import feed, reading
 from images import index as image_index
 from images.index import ImageIndex
 from options import compose
+from options.command_line import Parser
 from options.schema import Config, walk
 from parallel import distributed
 from parallel.distributed import World
@@ -224,8 +225,10 @@ def read_names(path: Path | None, num_classes: int, ids: Sequence[str]) -> list[
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments of a command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options of train.py")
@@ -275,7 +278,7 @@ def run(arguments: argparse.Namespace) -> None:
         model = load_model(source, config, world.device)
         result: dict[str, object]
         if arguments.images:
-            names = read_names(arguments.names, config.model.vit.num_classes, source.classes)
+            names = read_names(arguments.names, config.model.vit.known_classes, source.classes)
             guesses = predict(model, config, arguments.images, names)
             result = dict(guesses)
             if world.is_main:

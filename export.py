@@ -48,13 +48,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from timm.utils import natural_key
 
+from options.command_line import Parser
 from parallel.terminal import show_result
 from training.network import name_options
-from training.stopping import EXIT_USER_ERROR, exit_code, leave
+from training.stopping import exit_code, leave
 from weights import commands, formats, preprocessing
 from weights import files as weight_files
 from weights.dcp_writer import MANIFEST, METADATA, NAME, STATE
@@ -187,11 +187,6 @@ def notes(source: Source, path: Path, *, to: str) -> list[str]:
     return lines
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"error: {message} (see export.py --help)\n")
-
-
 def _path(text: str) -> Path:
     """Return a path of the command line; a shell leaves the ~ of --output=~/x as it is."""
     if not text:
@@ -204,7 +199,7 @@ def _path(text: str) -> Path:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("source", type=_path, metavar="SOURCE")

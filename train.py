@@ -32,10 +32,11 @@ from images import feed
 from images.batches import Batch
 from layers import te
 from options import compose
+from options.command_line import Parser
 from options.schema import Config
-from parallel import collectives, distributed, sharding
+from parallel import collectives, distributed, launch, sharding
 from parallel.distributed import World
-from parallel.terminal import say, show_result
+from parallel.terminal import say, show_result, warn
 from training import (
     distillation,
     loaders,
@@ -309,7 +310,7 @@ def train(config: Config, world: World) -> None:
             start = resume(run)
             beginning = pretrained.begin(run) if start.found is None else None
             open_folder(run, start)
-            logbook = Logbook(run.folder, config=config, is_main=world.is_main, step=start.step)
+            logbook = Logbook(run.folder, config=run.config, is_main=world.is_main, step=start.step)
             try:
                 begun = "resumed" if beginning is None else beginning.mode
                 logbook.event("run", **choices, init=begun)
@@ -322,7 +323,8 @@ def train(config: Config, world: World) -> None:
 
 def parse(argv: list[str]) -> Config:
     """Return the options of a command line; print and exit for --help and --print-config."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="train.py",
         description=__doc__,
         epilog=f"Options, as name=value:\n\n{compose.options_table()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -334,7 +336,10 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("overrides", nargs="*", metavar="name=value")
     arguments = parser.parse_intermixed_args(argv)
     config = compose.compose(
-        arguments.config_name, arguments.overrides, config_dir=arguments.config_dir
+        arguments.config_name,
+        arguments.overrides,
+        config_dir=arguments.config_dir,
+        note=warn if launch.shown_rank() == "0" else lambda _: None,
     )
     if arguments.print_config:
         show_result(compose.to_yaml(config).rstrip("\n"))

@@ -173,8 +173,8 @@ class VisionTransformer(nn.Module):
         self.fc_norm = modules.layer_norm(dim) if o.final_norm and is_after else None
         self.head_drop = nn.Dropout(o.drop_rate) if o.drop_rate > 0 else None
         self.head = modules.linear(dim, o.num_classes, bias=True) if o.num_classes else None
-        has_second = o.distilled and o.num_classes > 0
-        self.head_dist = modules.linear(dim, o.num_classes, bias=True) if has_second else None
+        has_second = o.distilled and self.head is not None
+        self.head_dist = modules.linear(dim, o.known_classes, bias=True) if has_second else None
 
     def _check_image(self, image_BCHW: Tensor) -> None:
         o = self.options

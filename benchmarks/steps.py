@@ -40,7 +40,7 @@ def make_batch(config: Config, device: torch.device, *, seed: int = 0) -> Batch:
     generator = torch.Generator(device).manual_seed(seed)
     shape_BCHW = (size, 3, *vit.img_hw)
     image_BCHW = torch.randn(shape_BCHW, generator=generator, device=device)
-    label_B = torch.randint(0, vit.num_classes, (size,), generator=generator, device=device)
+    label_B = torch.randint(0, vit.known_classes, (size,), generator=generator, device=device)
     return Batch(image_BCHW, label_B, torch.arange(size))
 
 

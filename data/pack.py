@@ -32,6 +32,7 @@ from tqdm import tqdm
 from images.cache import index_images
 from images.index import ImageIndex, Split
 from images.reading import PNG_MAGIC, ImageReader, UnreadableError, describe, rgb
+from options.command_line import Parser
 
 QUALITY = 90
 SHARD_IMAGES = 2_000
@@ -250,8 +251,8 @@ def _count(packer: Packer, shards: Iterator[list[str]], *, max_bad: int) -> int:
 
 def main(argv: list[str]) -> int:
     """Pack the splits; return the exit code and print one line for what cannot be done."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

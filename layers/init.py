@@ -122,7 +122,7 @@ def _linear_bias(name: str, shape: torch.Size, *, o: ViTOptions, rng: torch.Gene
         return _constant(shape, 0)
     if name.startswith(HEADS):
         is_nlhb = o.weight_init == "jax_nlhb"
-        return _constant(shape, -math.log(o.num_classes) if is_nlhb else 0)
+        return _constant(shape, -math.log(o.known_classes) if is_nlhb else 0)
     return normal(shape, 1e-6, rng=rng) if ".mlp." in name else _constant(shape, 0)
 
 

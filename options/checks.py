@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from options.schema import ROUTERS, Config, MoEOptions, ViTOptions, walk
+from options.schema import ROUTERS, Config, MoEOptions, ViTOptions, height_width
+from options.values import Problems, Section, check_values
 
 # The policies that timm reads; it silently ignores parts that it does not understand.
 _RAND = r"rand(-(m|n|inc|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*"
@@ -23,72 +22,18 @@ _POLICY = r"(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)?"
 AUTO_AUGMENT = re.compile(f"{_RAND}|{_AUGMIX}|{_POLICY}|3aug")
 
 
-def _problem(value: object, metadata: Mapping[str, Any]) -> str | None:
-    """Return how one value violates its declaration, None if it does not."""
-    if isinstance(value, list | dict):
-        return "must be a list of single values"
-    choices = metadata["choices"]
-    if choices is not None and (value not in choices or isinstance(value, bool)):
-        names = ("null" if c is None else '""' if c == "" else str(c) for c in choices)
-        return f"must be one of {', '.join(names)}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    low, high, below = (metadata[name] for name in ("low", "high", "below"))
-    bounds = {
-        "must be a finite number": math.isfinite(value),
-        f"must be at least {low}": low is None or value >= low,
-        f"must be at most {high}": high is None or value <= high,
-        f"must be less than {below}": below is None or value < below,
-    }
-    return next((allowed for allowed, is_met in bounds.items() if not is_met), None)
-
-
-def _is_size(value: object) -> bool:
-    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    return all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
-
-
-def check_values(options: object, prefix: str = "") -> None:
-    """Raise ValueError unless every value of a (nested) options dataclass fits its declaration."""
-    for name, field, value in walk(options, prefix):
-        for item in value if isinstance(value, list) else [value]:
-            if problem := _problem(item, field.metadata):
-                raise ValueError(f"config {name}={item}: {problem}")
-        length = field.metadata["length"]
-        if length is not None and len(value) != length:
-            raise ValueError(f"config {name}={value}: must have {length} values")
-        can_be_null = value is None and field.default is None
-        if field.metadata["is_size"] and not can_be_null and not _is_size(value):
-            raise ValueError(
-                f"config {name}={value}: must be a positive number of pixels or [height, width]"
-            )
-
-
-class _Section:
-    """One section of the options, with its name for messages."""
-
-    def __init__(self, name: str, values: object) -> None:
-        self.name, self.values = name, values
-
-    def require(self, is_ok: bool, field: str, allowed: str) -> None:
-        """Raise ValueError about one of the section's fields unless `is_ok`."""
-        if not is_ok:
-            value = getattr(self.values, field)
-            shown = '""' if value == "" else value
-            raise ValueError(f"config {self.name}.{field}={shown}: {allowed}")
-
-    def refuse_changed(self, *fields: str, why: str) -> None:
-        """Raise ValueError if one of the fields, which have no effect, was set."""
-        default = type(self.values)()
-        for field in fields:
-            is_default = getattr(self.values, field) == getattr(default, field)
-            self.require(is_default, field, f"has no effect with {why}")
-
-
 def check_vit(o: ViTOptions) -> None:
     """Raise ValueError if the network cannot be built, or one of its options has no effect."""
     check_values(o, "model.vit.")
-    vit = _Section("model.vit", o)
+    problems = Problems()
+    vit = problems.section("model.vit", o)
+    vit.require(o.num_classes is not None, "num_classes", "must be a number to build a network")
+    _check_vit(o, problems)
+    problems.stop_if_any()
+
+
+def _check_vit(o: ViTOptions, problems: Problems) -> None:
+    vit = problems.section("model.vit", o)
     vit.require(o.embed_dim % o.num_heads == 0, "num_heads", f"must divide embed_dim={o.embed_dim}")
     vit.require(o.hidden_dim >= 1, "mlp_ratio", "must give a hidden unit")
     for side_px, patch_px in zip(o.img_hw, o.patch_hw, strict=True):
@@ -99,7 +44,7 @@ def check_vit(o: ViTOptions) -> None:
     has_effect = o.dynamic_img_size or not o.dynamic_img_pad
     vit.require(has_effect, "dynamic_img_pad", "needs dynamic_img_size=true")
     _check_tokens(o, vit)
-    has_head = o.weight_init != "jax_nlhb" or o.num_classes > 0
+    has_head = o.weight_init != "jax_nlhb" or o.num_classes != 0
     vit.require(has_head, "weight_init", "needs a head")
     vit.require(o.init_values != 0, "init_values", "must not be 0 (null: no layer scale)")
     if not o.final_norm:
@@ -110,7 +55,7 @@ def check_vit(o: ViTOptions) -> None:
         vit.refuse_changed("drop_path_rate", why="depth=1, since the first block's rate is 0")
 
 
-def _check_tokens(o: ViTOptions, vit: _Section) -> None:
+def _check_tokens(o: ViTOptions, vit: Section) -> None:
     is_token = o.global_pool == "token"
     vit.require(o.class_token or not is_token, "global_pool", "needs class_token=true")
     is_plain = is_token and o.reg_tokens == 0 and o.fc_norm is not True
@@ -131,7 +76,14 @@ def _check_tokens(o: ViTOptions, vit: _Section) -> None:
 def check_moe(o: MoEOptions) -> None:
     """Raise ValueError if the experts cannot be built, or one of their options has no effect."""
     check_values(o, "model.moe.")
-    moe, router, goes_everywhere = _Section("model.moe", o), o.router, o.top_k == o.num_experts
+    problems = Problems()
+    _check_moe(o, problems)
+    problems.stop_if_any()
+
+
+def _check_moe(o: MoEOptions, problems: Problems) -> None:
+    moe, router = problems.section("model.moe", o), o.router
+    goes_everywhere = o.top_k == o.num_experts
     everywhere = f"every token goes to every expert (top_k={o.top_k}): must be 0"
     moe.require(o.num_experts >= 1, "num_experts", "must be at least 1")
     moe.require(o.top_k <= o.num_experts, "top_k", f"must be at most num_experts={o.num_experts}")
@@ -156,29 +108,34 @@ def check_moe(o: MoEOptions) -> None:
     if not ROUTERS[router].is_noisy:
         allowed = f"router={router} has no noise, so its load has no gradient: must be 0"
         moe.require(o.load_coef == 0, "load_coef", allowed)
-    used = [name for name in ("every_n", "last_n", "blocks") if getattr(o, name) is not None]
-    if len(used) != 1:
-        raise ValueError(
+    if len(used := _placements(o)) != 1:
+        problems.lines.append(
             f"config model.moe: exactly one of every_n, last_n, blocks must be set, not {used}"
         )
 
 
-def _check_experts(config: Config) -> None:
+def _placements(o: MoEOptions) -> list[str]:
+    """Return the options that say which blocks have experts; one of them must be set."""
+    return [name for name in ("blocks", "last_n", "every_n") if getattr(o, name) is not None]
+
+
+def _check_experts(config: Config, problems: Problems) -> None:
     """Check the experts together with the network and the mesh."""
     o, vit_o, ep = config.model.moe, config.model.vit, config.distributed.ep
-    moe, vit = _Section("model.moe", o), _Section("model.vit", vit_o)
-    mesh = _Section("distributed", config.distributed)
+    moe, vit = problems.section("model.moe", o), problems.section("model.vit", vit_o)
+    mesh = problems.section("distributed", config.distributed)
     if o.num_experts == 0:
         moe.refuse_changed(*vars(o), why="num_experts=0")
         mesh.require(ep in (1, None), "ep", "must be 1 with model.moe.num_experts=0")
         return
-    check_moe(o)
+    _check_moe(o, problems)
     divides = ep is None or o.num_experts % ep == 0
     mesh.require(divides, "ep", f"must divide model.moe.num_experts={o.num_experts}")
-    given = next(name for name in ("blocks", "last_n", "every_n") if getattr(o, name) is not None)
-    blocks = o.expert_blocks(vit_o.depth)
-    is_inside = bool(blocks) and blocks[0] >= 0 and blocks[-1] < vit_o.depth
-    moe.require(is_inside, given, f"must be some of the blocks 0 to {vit_o.depth - 1}")
+    blocks = []
+    if len(given := _placements(o)) == 1:
+        blocks = o.expert_blocks(vit_o.depth)
+        is_inside = bool(blocks) and blocks[0] >= 0 and blocks[-1] < vit_o.depth
+        moe.require(is_inside, given[0], f"must be some of the blocks 0 to {vit_o.depth - 1}")
     for name in ("weight_init", "fix_init", "scale_mlp_norm"):
         is_default = getattr(vit_o, name) == getattr(ViTOptions(), name)
         vit.require(is_default, name, "experts have no form for it")
@@ -190,12 +147,12 @@ def _check_experts(config: Config) -> None:
         moe.require(ratio == 0 or int(vit_o.embed_dim * ratio) >= 1, name, allowed)
 
 
-def _check_model(config: Config) -> None:
-    model = _Section("model", config.model)
-    vit = _Section("model.vit", config.model.vit)
-    check_vit(config.model.vit)
+def _check_model(config: Config, problems: Problems) -> None:
+    model = problems.section("model", config.model)
+    vit = problems.section("model.vit", config.model.vit)
+    _check_vit(config.model.vit, problems)
     vit.require(config.model.vit.in_chans == 3, "in_chans", "must be 3, the loader makes RGB")
-    vit.require(config.model.vit.num_classes > 0, "num_classes", "must be at least 1 to train")
+    vit.require(config.model.vit.num_classes != 0, "num_classes", "must be at least 1 to train")
     has_classes = config.model.vit.global_pool != ""
     vit.require(has_classes, "global_pool", "has no class per image to train on")
     if config.model.backend == "torch":
@@ -206,14 +163,20 @@ def _check_model(config: Config) -> None:
         names = ("dynamic_img_size", "dynamic_img_pad")
         vit.refuse_changed(*names, why="dataset.val.img_size=null")
     else:
-        val, is_dynamic = _Section("dataset.val", config.dataset.val), vit.values.dynamic_img_size  # type: ignore[attr-defined]
-        val.require(is_dynamic, "img_size", "needs model.vit.dynamic_img_size=true")
+        o, val = config.model.vit, problems.section("dataset.val", config.dataset.val)
+        val.require(o.dynamic_img_size, "img_size", "needs model.vit.dynamic_img_size=true")
+        sides = zip(height_width(config.dataset.val.img_size), o.patch_hw, strict=True)
+        is_whole = all(side_px % patch_px == 0 for side_px, patch_px in sides)
+        allowed = (
+            f"must be divisible by model.vit.patch_size={o.patch_size}, or set dynamic_img_pad"
+        )
+        val.require(is_whole or o.dynamic_img_pad, "img_size", allowed)
 
 
-def _check_dataset(config: Config) -> None:
+def _check_dataset(config: Config, problems: Problems) -> None:
     """Refuse incomplete ways to find and read images, and those without effect."""
     o = config.dataset
-    data = _Section("dataset", o)
+    data = problems.section("dataset", o)
     if o.path_env is None:
         data.refuse_changed("name", why="dataset.path_env=null")
     else:
@@ -224,14 +187,14 @@ def _check_dataset(config: Config) -> None:
         data.refuse_changed("timeout_s", why="dataset.num_workers=0")
 
 
-def _check_fsdp(config: Config) -> None:
+def _check_fsdp(config: Config, problems: Problems) -> None:
     outer, strategy = config.distributed.dp_outer, config.fsdp.zero_dp_strategy
     is_possible = outer > 1 and strategy in (3, "optim_grads_params")
     is_off = config.fsdp.outer_dp_sharding_strategy == "no_shard"
     allowed = (
         f"needs distributed.dp_outer > 1 and fsdp.zero_dp_strategy=3 (are {outer} and {strategy})"
     )
-    fsdp = _Section("fsdp", config.fsdp)
+    fsdp = problems.section("fsdp", config.fsdp)
     fsdp.require(is_off or is_possible, "outer_dp_sharding_strategy", allowed)
 
 
@@ -244,30 +207,35 @@ def peak_lr(config: Config, global_batch: int) -> float:
     o = config.optimizer
     peak = o.lr if o.base_batch is None else o.lr * global_batch / o.base_batch
     scaled = "" if o.base_batch is None else f" x {global_batch} images / base_batch={o.base_batch}"
+    problems = Problems()
     for name in ("min_lr", "warmup_lr"):
         value = getattr(o, name)
         is_low = value is None or value <= peak
-        _Section("optimizer", o).require(is_low, name, f"must be at most lr={o.lr}{scaled}")
+        problems.section("optimizer", o).require(is_low, name, f"must be at most lr={o.lr}{scaled}")
+    problems.stop_if_any()
     return peak
 
 
-def _check_optimizer(config: Config) -> None:
+def _check_optimizer(config: Config, problems: Problems) -> None:
     o, steps = config.optimizer, config.training.steps
-    optimizer = _Section("optimizer", o)
+    optimizer = problems.section("optimizer", o)
     is_short = o.warmup_steps <= steps
     optimizer.require(is_short, "warmup_steps", f"must be at most training.steps={steps}")
     unused = {"adamw": ("momentum",), "sgd": ("betas", "eps"), "lamb": ("momentum",)}[o.name]
     optimizer.refuse_changed(*unused, why=f"optimizer.name={o.name}")
     if o.base_batch is None:
-        peak_lr(config, 1)
+        try:
+            peak_lr(config, 1)
+        except ValueError as error:
+            problems.lines.append(str(error))
     if o.warmup_steps == 0:
         optimizer.refuse_changed("warmup_lr", "warmup_prefix", why="optimizer.warmup_steps=0")
     optimizer.require(o.layer_decay != 1, "layer_decay", "has no effect (null is the same)")
 
 
-def _check_augmentation(config: Config) -> None:
+def _check_augmentation(config: Config, problems: Problems) -> None:
     o, policy = config.dataset.train, config.dataset.train.auto_augment
-    train = _Section("dataset.train", o)
+    train = problems.section("dataset.train", o)
     allowed = (
         "must be as rand-m9-n2-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, v0 or 3aug, in "
         "timm's notation"
@@ -279,7 +247,9 @@ def _check_augmentation(config: Config) -> None:
         allowed = f"Pillow cannot rotate with it, as auto_augment={policy} may (use bicubic)"
         train.require(o.interpolation != "lanczos", "interpolation", allowed)
         is_rotated = o.interpolation is None and config.dataset.interpolation == "lanczos"
-        _Section("dataset", config.dataset).require(not is_rotated, "interpolation", allowed)
+        problems.section("dataset", config.dataset).require(
+            not is_rotated, "interpolation", allowed
+        )
     for name in ("crop_scale", "crop_ratio"):
         lowest, highest = getattr(o, name)
         train.require(lowest <= highest, name, "must be [lowest, highest]")
@@ -293,9 +263,9 @@ def _check_augmentation(config: Config) -> None:
         train.refuse_changed("remode", "recount", why="reprob=0")
 
 
-def _check_mixing(config: Config) -> None:
+def _check_mixing(config: Config, problems: Problems) -> None:
     o = config.dataset.train
-    train, why = _Section("dataset.train", o), f"mixup={o.mixup} and cutmix={o.cutmix}"
+    train, why = problems.section("dataset.train", o), f"mixup={o.mixup} and cutmix={o.cutmix}"
     if not (o.mixup and o.cutmix):
         train.refuse_changed("mixup_switch_prob", why=why)
     if not (o.mixup or o.cutmix):
@@ -309,12 +279,12 @@ def _check_mixing(config: Config) -> None:
     train.require(o.batch_size % 2 == 0, "batch_size", "must be even, mixup and cutmix mix pairs")
 
 
-def _check_training(config: Config) -> None:
+def _check_training(config: Config, problems: Problems) -> None:
     o, num_classes = config.training, config.model.vit.num_classes
-    training = _Section("training", o)
+    training = problems.section("training", o)
     if o.loss == "ce":
         training.refuse_changed("bce_threshold", "bce_sum", why="training.loss=ce")
-    floor = o.label_smoothing / num_classes
+    floor = o.label_smoothing / num_classes if num_classes else 0.0
     allowed = (
         f"makes a target of every class, {o.label_smoothing} / {num_classes} being above "
         f"bce_threshold={o.bce_threshold}"
@@ -322,14 +292,14 @@ def _check_training(config: Config) -> None:
     is_sparse = o.bce_threshold is None or floor <= o.bce_threshold
     training.require(is_sparse, "label_smoothing", allowed)
     if o.wandb.project is None:
-        wandb = _Section("training.wandb", o.wandb)
+        wandb = problems.section("training.wandb", o.wandb)
         wandb.refuse_changed("mode", why="training.wandb.project=null")
 
 
-def _check_distillation(config: Config) -> None:
+def _check_distillation(config: Config, problems: Problems) -> None:
     """Check that a teacher and a student with a second head come together."""
     o = config.distillation
-    distillation = _Section("distillation", o)
+    distillation = problems.section("distillation", o)
     if o.kind == "none":
         names = ("teacher", "teacher_checkpoint", "alpha", "tau")
         distillation.refuse_changed(*names, why="distillation.kind=none")
@@ -341,10 +311,10 @@ def _check_distillation(config: Config) -> None:
         distillation.refuse_changed("tau", why="distillation.kind=hard")
 
 
-def _check_init(config: Config) -> None:
+def _check_init(config: Config, problems: Problems) -> None:
     """Refuse incomplete ways to initialise, and settings that belong to other ways."""
     o, num_experts = config.init, config.model.moe.num_experts
-    init, about_experts = _Section("init", o), ("experts", "gate", "gate_std")
+    init, about_experts = problems.section("init", o), ("experts", "gate", "gate_std")
     is_auto = o.mode == "auto" and o.checkpoint is None
     if o.mode == "scratch" or is_auto:
         why = f"init.mode={o.mode}" + (" and no init.checkpoint" if is_auto else "")
@@ -362,14 +332,14 @@ def _check_init(config: Config) -> None:
     init.require(o.mode != "deit_upcycling" or can_upcycle, "mode", allowed)
 
 
-def _resolve_update_freq(config: Config) -> Config:
+def _resolve_update_freq(config: Config, problems: Problems) -> Config:
     """Return the options with training.update_freq moved to grad_accum_steps, its other name."""
     t = config.training
     if t.update_freq is None:
         return config
     is_same = t.grad_accum_steps in (1, t.update_freq)
     allowed = f"is another name of grad_accum_steps={t.grad_accum_steps} and must not differ"
-    _Section("training", t).require(is_same, "update_freq", allowed)
+    problems.section("training", t).require(is_same, "update_freq", allowed)
     training = dataclasses.replace(t, grad_accum_steps=t.update_freq, update_freq=None)
     return dataclasses.replace(config, training=training)
 
@@ -380,6 +350,7 @@ def validate(config: Config) -> Config:
     Every option must be in range and have an effect.
     """
     check_values(config)
+    problems = Problems()
     for check in (
         _check_model,
         _check_experts,
@@ -392,5 +363,7 @@ def validate(config: Config) -> Config:
         _check_distillation,
         _check_init,
     ):
-        check(config)
-    return _resolve_update_freq(config)
+        check(config, problems)
+    resolved = _resolve_update_freq(config, problems)
+    problems.stop_if_any()
+    return resolved

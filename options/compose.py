@@ -7,10 +7,7 @@ Every mistake is a ValueError of one line that names the field, the value and wh
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from options.checks import validate
+from options.command_line import given_tree, literal, unknown_option
+from options.recipe_files import check_recipe
 from options.schema import Config, walk
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
-_NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
 def _thaw(node: DictConfig) -> DictConfig:
@@ -39,22 +36,6 @@ def _thaw(node: DictConfig) -> DictConfig:
     return node
 
 
-def _unknown(key: str) -> str:
-    """Return a message that there is no option `key`, with names like it."""
-    options = [name for name, _, _ in walk(Config())]
-    sections = sorted({name.rpartition(".")[0] for name in options} - {""})
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in options + sections if name.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, options + sections, n=3)
-    return f"config {key}: no such option (allowed: {', '.join(near or siblings or sections)})"
-
-
-def _added(name: str, overrides: list[str]) -> str:
-    """Return the dotted key of the override that added `name` to its section."""
-    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
-    return next((key for key in keys if key.rpartition(".")[2] == name), name)
-
-
 def _one_line(error: Exception) -> str:
     """Return OmegaConf's or Hydra's complaint in one line: field, value, what is allowed."""
     cause: BaseException | None = error
@@ -63,7 +44,7 @@ def _one_line(error: Exception) -> str:
     if cause is None or not cause.full_key:
         return f"config: {' '.join(str(error).split())}"
     key, first = str(cause.full_key), str(cause.msg).splitlines()[0]
-    return _unknown(key) if first.startswith("Key ") else f"config {key}: {first}"
+    return unknown_option(key) if first.startswith("Key ") else f"config {key}: {first}"
 
 
 def _check_root(config: Config, overrides: list[str]) -> Config:
@@ -78,8 +59,31 @@ def _check_root(config: Config, overrides: list[str]) -> Config:
     return config
 
 
-def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG_DIR) -> Config:
+def _fit_warmup(
+    recipe: DictConfig, merged: DictConfig, given: DictConfig, note: Callable[[str], None]
+) -> None:
+    """Shorten the recipe's warm-up with its run, if `given` makes that shorter than the warm-up."""
+    key, steps = "optimizer.warmup_steps", OmegaConf.select(merged, "training.steps")
+    planned, warmup = recipe.training.steps, recipe.optimizer.warmup_steps
+    if OmegaConf.select(given, key) is None and 0 < steps < warmup <= planned:
+        fitting = max(1, round(warmup * steps / planned))
+        OmegaConf.update(merged, key, fitting)
+        note(
+            f"note: {key}={fitting}: the recipe's {warmup} of {planned} steps, scaled to "
+            f"training.steps={steps}"
+        )
+
+
+def compose(
+    config_name: str,
+    overrides: list[str],
+    *,
+    config_dir: Path = CONFIG_DIR,
+    note: Callable[[str], None] = lambda line: None,
+) -> Config:
     """Return the validated options of `config_dir/config_name.yaml` with `overrides` on top.
+
+    `note` is told what was fitted to the overrides.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -90,41 +94,21 @@ def compose(config_name: str, overrides: list[str], *, config_dir: Path = CONFIG
     if not path.is_file():
         names = ", ".join(sorted(other.stem for other in config_dir.glob("*.yaml")))
         raise FileNotFoundError(f"config {path}: not found (there are: {names})")
-    for override in overrides:
-        if override.startswith(("~", "hydra")):
-            raise ValueError(
-                f"config {override}: must be name=value of an option of options/schema.py"
-            )
+    check_recipe(path)
+    given = given_tree(overrides)
     ConfigStore.instance().store(name="schema", node=_thaw(OmegaConf.structured(Config)))
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir.resolve())):
-            composed = hydra_compose(config_name, overrides)
-        config = OmegaConf.to_object(composed)
-    except dataclasses.FrozenInstanceError as error:  # `+key=value` adds a field
-        raise ValueError(_unknown(_added(str(error).split("'")[1], overrides))) from error
-    except YAMLError as error:
-        raise ValueError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+            composed = hydra_compose(config_name)
+        merged = OmegaConf.merge(composed, given)
+        assert isinstance(merged, DictConfig), "as both are"
+        _fit_warmup(composed, merged, given, note)
+        config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
     if not isinstance(config, Config):
         raise ValueError(f"config {path}: must begin with `defaults: [schema, _self_]`")
     return _check_root(validate(config), overrides)
-
-
-def _parse(override: str) -> DictConfig:
-    """Return the options that `name=value` sets; refuse one value for a whole section."""
-    name, equals, _ = override.partition("=")
-    if not equals or not _NAME.fullmatch(name):
-        raise ValueError(f"config {override}: must be name=value of an option of options/schema.py")
-    try:
-        given = OmegaConf.from_dotlist([override])
-    except YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"config {override}: the value is not YAML: {problem}") from error
-    inside = [option for option, _, _ in walk(Config()) if option.startswith(f"{name}.")]
-    if inside and not isinstance(OmegaConf.select(given, name), DictConfig):
-        raise ValueError(f"config {override}: is a section; set one of its options, as {inside[0]}")
-    return given
 
 
 def given_options(overrides: list[str]) -> dict[str, object]:
@@ -133,10 +117,8 @@ def given_options(overrides: list[str]) -> dict[str, object]:
     Raises:
         ValueError: An override is not name=value, or gives a whole section one value.
     """
-    given = [_parse(override) for override in overrides]
-    merged = OmegaConf.merge(*given) if given else OmegaConf.create()
-    marker = object()
-    found = {name: OmegaConf.select(merged, name, default=marker) for name, _, _ in walk(Config())}
+    given, marker = given_tree(overrides), object()
+    found = {name: OmegaConf.select(given, name, default=marker) for name, _, _ in walk(Config())}
     return {name: value for name, value in found.items() if value is not marker}
 
 
@@ -148,9 +130,10 @@ def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
     Raises:
         ValueError: An option is unknown, of the wrong type or out of range.
     """
+    given = given_tree(overrides)
     try:
-        given = [_parse(override) for override in overrides]
-        merged = OmegaConf.merge(_thaw(OmegaConf.structured(Config)), dict(values), *given)
+        known = {name: literal(value) for name, value in values.items()}
+        merged = OmegaConf.merge(_thaw(OmegaConf.structured(Config)), known, given)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error

@@ -67,16 +67,21 @@ class ViTOptions:
     img_size: Any = option(224, "pixels per side, or [height, width]", is_size=True)
     patch_size: Any = option(16, "pixels per patch side, or [height, width]", is_size=True)
     in_chans: int = option(3, "image channels; the loader makes RGB", low=1)
-    num_classes: int = option(1000, "classes of the head; 0: no head, features only", low=0)
+    num_classes: int | None = option(
+        1000,
+        "classes of the head; null: as many as the data has; 0: no head, features only",
+        low=0,
+        high=10_000_000,
+    )
     global_pool: str = option(
         "token",
         "what the head sees: class token, mean, attention pool, maximum, both, or each token",
         choices=("token", "avg", "map", "max", "avgmax", ""),
     )
-    embed_dim: int = option(768, "width D", low=1)
-    depth: int = option(12, "blocks", low=1)
+    embed_dim: int = option(768, "width D", low=1, high=2**16)
+    depth: int = option(12, "blocks", low=1, high=1000)
     num_heads: int = option(12, "attention heads A", low=1)
-    mlp_ratio: float = option(4.0, "hidden width of the FFN, over D", low=0.01)
+    mlp_ratio: float = option(4.0, "hidden width of the FFN, over D", low=0.01, high=1000)
     qkv_bias: bool = option(True, "bias of the qkv projection")
     qk_norm: bool = option(False, "LayerNorm on queries and keys of each head")
     scale_attn_norm: bool = option(False, "LayerNorm before the attention output projection")
@@ -91,7 +96,7 @@ class ViTOptions:
         choices=("learn", "sincos", "none"),
     )
     no_embed_class: bool = option(False, "no position embedding for class and register tokens")
-    reg_tokens: int = option(0, "register tokens (arXiv:2309.16588)", low=0)
+    reg_tokens: int = option(0, "register tokens (arXiv:2309.16588)", low=0, high=1000)
     pre_norm: bool = option(False, "LayerNorm before the blocks, no patch bias (CLIP)")
     final_norm: bool = option(True, "LayerNorm after the blocks")
     fc_norm: bool | None = option(
@@ -115,6 +120,12 @@ class ViTOptions:
     )
     fix_init: bool = option(False, "scale residual projections by 1 / sqrt(2 (block + 1))")
     grad_checkpointing: bool = option(False, "recompute blocks in the backward pass")
+
+    @property
+    def known_classes(self) -> int:
+        """num_classes, once the data is known."""
+        assert self.num_classes is not None, "training.prepare fills it in"
+        return self.num_classes
 
     @property
     def img_hw(self) -> tuple[int, int]:
@@ -179,13 +190,17 @@ ROUTERS = {
 class MoEOptions:
     """Mixture-of-experts feed-forwards in place of some blocks' dense ones."""
 
-    num_experts: int = option(0, "experts E per layer, over all ranks; 0: a dense model", low=0)
+    num_experts: int = option(
+        0, "experts E per layer, over all ranks; 0: a dense model", low=0, high=10_000
+    )
     top_k: int = option(2, "experts per token k", low=1)
     every_n: int | None = option(2, "every n-th block has experts", low=1)
     last_n: int | None = option(None, "the last n blocks have experts, instead of every_n", low=1)
     blocks: list[int] | None = option(None, "these blocks have experts, instead of every_n", low=0)
-    mlp_ratio: float = option(4.0, "hidden width F of an expert, over D", low=0.01)
-    shared_ratio: float = option(0.0, "hidden width of an expert for all tokens, over D", low=0)
+    mlp_ratio: float = option(4.0, "hidden width F of an expert, over D", low=0.01, high=1000)
+    shared_ratio: float = option(
+        0.0, "hidden width of an expert for all tokens, over D", low=0, high=1000
+    )
     activation: str = option(
         "gelu", "activation of the experts", choices=("gelu", "relu", "silu", "swiglu", "geglu")
     )
@@ -270,7 +285,7 @@ class TrainDataOptions:
 
     root: str = option("data/tiny-imagenet-5", "dataset folder, or its train folder")
     images: int | None = option(None, "required number of images; null: any", low=1)
-    batch_size: int = option(64, "images per rank and microbatch", low=1)
+    batch_size: int = option(64, "images per rank and microbatch", low=1, high=2**20)
     crop_scale: list[float] = option(
         [0.08, 1.0], "area range of RandomResizedCrop", low=0, high=1, length=2
     )
@@ -294,19 +309,21 @@ class TrainDataOptions:
     auto_augment: str | None = option(
         None, "timm's policy, such as rand-m9-mstd0.5-inc1; 3aug: DeiT III's; null: none"
     )
-    color_jitter: float = option(0.0, "strength of brightness, contrast and saturation", low=0)
+    color_jitter: float = option(
+        0.0, "strength of brightness, contrast and saturation", low=0, high=100
+    )
     reprob: float = option(0.0, "probability of random erasing", low=0, high=1)
     remode: str = option(
         "pixel",
         "fill of erased boxes: noise per pixel, one random color, or the mean",
         choices=("pixel", "rand", "const"),
     )
-    recount: int = option(1, "most boxes erased per image", low=1)
+    recount: int = option(1, "most boxes erased per image", low=1, high=100)
     repeats: int = option(
         1, "augmented copies of each image per epoch (DeiT: 3); epochs stay as long", low=1
     )
-    mixup: float = option(0.0, "alpha of mixup; 0: off", low=0)
-    cutmix: float = option(0.0, "alpha of CutMix; 0: off", low=0)
+    mixup: float = option(0.0, "alpha of mixup; 0: off", low=0, high=1000)
+    cutmix: float = option(0.0, "alpha of CutMix; 0: off", low=0, high=1000)
     mixup_prob: float = option(1.0, "probability of mixing a batch at all", low=0, high=1)
     mixup_switch_prob: float = option(
         0.5, "probability of CutMix rather than mixup if both are on", low=0, high=1
@@ -320,7 +337,7 @@ class ValDataOptions:
 
     root: str | None = option(None, "dataset folder, or its val folder; null: the training root")
     images: int | None = option(None, "required number of images; null: any", low=1)
-    batch_size: int = option(64, "images per rank", low=1)
+    batch_size: int = option(64, "images per rank", low=1, high=2**20)
     img_size: Any = option(
         None, "pixels per side; needs model.vit.dynamic_img_size; null: as trained", is_size=True
     )
@@ -358,8 +375,12 @@ class DatasetOptions:
         "stop", "on an unreadable image; skip: take another one", choices=("stop", "skip")
     )
     max_bad: int = option(128, "most images to skip, each counted once over all ranks", low=0)
-    timeout_s: float = option(300.0, "seconds before a stuck loader process stops the run", low=1)
-    num_workers: int = option(2, "loader processes per rank; 0 decodes in the main process", low=0)
+    timeout_s: float = option(
+        300.0, "seconds before a stuck loader process stops the run", low=1, high=1e6
+    )
+    num_workers: int = option(
+        2, "loader processes per rank; 0 decodes in the main process", low=0, high=1000
+    )
     interpolation: str = option(
         "bicubic", "resampling filter", choices=("bilinear", "bicubic", "nearest", "lanczos")
     )
@@ -381,7 +402,7 @@ class DistributedOptions:
         1, "ranks that share out the experts; null: the most that divides experts and ranks", low=1
     )
     tp: int = option(1, "tensor parallel ranks; only 1 is supported", low=1, high=1)
-    timeout_s: float = option(600.0, "seconds before a stuck collective fails", low=1)
+    timeout_s: float = option(600.0, "seconds before a stuck collective fails", low=1, high=1e6)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ SEAMS = {
     "transformer_engine": ("layers/te.py",),
     "triton": ("moe_kernels/triton_seam.py",),
     "hydra": ("options/compose.py",),
-    "omegaconf": ("options/compose.py",),
+    "omegaconf": ("options/compose.py", "options/command_line.py"),
     "wandb": ("training/logbook.py",),
     "pyarrow": ("images/arrow.py",),
     "nvidia": ("images/reading.py",),

@@ -67,7 +67,7 @@ def find_val_images(config: Config, world: World, *, trained: Sequence[str] = ()
 
 def _check_num_classes(config: Config, index: ImageIndex) -> None:
     """Raise ValueError unless the dataset has as many classes as the model."""
-    if len(index.classes) != config.model.vit.num_classes:
+    if config.model.vit.num_classes not in (None, len(index.classes)):
         raise ValueError(
             f"config model.vit.num_classes={config.model.vit.num_classes}: must be "
             f"{len(index.classes)}, the classes in {index.root}"

@@ -8,6 +8,7 @@ subject: vit.py ViTOptions, moe.py and routers/ MoEOptions.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
@@ -70,10 +71,18 @@ def build_eraser(config: Config, device: torch.device) -> Eraser | None:
 
 def build_mixer(config: Config) -> Mixer | None:
     """Return mixup and CutMix of training images, or None if both are off."""
-    train, t, num_classes = config.dataset.train, config.training, config.model.vit.num_classes
+    train, t, num_classes = config.dataset.train, config.training, config.model.vit.known_classes
     if not (train.mixup or train.cutmix):
         return None
     return Mixer(train, smoothing=t.label_smoothing, num_classes=num_classes, seed=t.seed)
+
+
+def with_classes(config: Config, num_classes: int) -> Config:
+    """Return `config` with model.vit.num_classes=null filled in."""
+    if config.model.vit.num_classes is not None:
+        return config
+    vit = dataclasses.replace(config.model.vit, num_classes=num_classes)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vit=vit))
 
 
 def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
@@ -86,6 +95,9 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     meshes = distributed.build_meshes(
         dp_outer=d.dp_outer, dp_shard=d.dp_shard, ep=ep, device=world.device
     )
+    block_choices = network.block_choices(config, backend, world.device)
+    train_index, val_index = find_images(config, world)
+    config = with_classes(config, len(train_index.classes))
     # On meta no rank holds an unsharded model; with "no_shard" the library cannot leave meta.
     vit = network.build_model(
         config,
@@ -95,8 +107,6 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
         device=world.device,
         sdpa=config.model.sdpa,
     )
-    block_choices = network.block_choices(config, backend, world.device)
-    train_index, val_index = find_images(config, world)
     model = sharding.shard_model(
         vit,
         meshes,
