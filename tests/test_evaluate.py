@@ -276,7 +276,7 @@ def test_classes_that_weights_do_not_know_are_refused(part, small_run, names, id
         (["{run}", "distillation.tau=2"], "distillation.* has no effect here"),
         (["{run}", "init.mode=scratch"], "init.* has no effect here"),
         (["{run}", "dataset.val.root"], "dataset.val.root: must be name=value"),
-        (["{run}", "dataset.mean=[0.5"], r"dataset.mean=\[0.5: the value is not YAML"),
+        (["{run}", "dataset.mean=[0.5"], r"dataset.mean=\[0.5: must be a list of numbers"),
         (["{run}", "dataset=3"], "dataset=3: is a section; set one of its options, as dataset."),
         (["{run}", "--per-class", "--images", "x"], "--per-class: has no effect with --images"),
         (["{run}", "--metric", "+top1"], r"--metric \+top1: has no effect without --pick best"),
