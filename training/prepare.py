@@ -69,6 +69,12 @@ def build_eraser(config: Config, device: torch.device) -> Eraser | None:
     return Eraser(train, device=device, seed=seed) if train.reprob else None
 
 
+def build_ema(config: Config, shards: list[Shard]) -> optim.Ema | None:
+    """Return the average of the weights, or None if it is off."""
+    decay = config.training.ema_decay
+    return None if decay is None else optim.Ema([s.local for s in shards], decay=decay)
+
+
 def build_mixer(config: Config) -> Mixer | None:
     """Return mixup and CutMix of training images, or None if both are off."""
     train, t, num_classes = config.dataset.train, config.training, config.model.vit.known_classes
@@ -118,14 +124,13 @@ def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:
     if config.model.compile:  # after sharding, whose hooks must stay outside of the graphs
         block_compile.compile_blocks(vit.blocks)
     shards = sharding.list_shards(model, rename=te.canonical_name)
-    decay = config.training.ema_decay
     run = Run(
         config,
         world,
         model,
         shards,
         optimizer=build_optimizer(config, shards),
-        ema=None if decay is None else optim.Ema([s.local for s in shards], decay=decay),
+        ema=build_ema(config, shards),
         eraser=build_eraser(config, world.device),
         mixer=build_mixer(config),
         train_index=train_index,
