@@ -190,7 +190,7 @@ def print_scores(scores: dict[str, object], *, origin: str, per_class: bool) -> 
         for name, one in classes.items():
             others = f"top-5 {one['top5']:.2f} %, cross-entropy {one['loss']:.4f}"
             rows[name] = f"{one['top1']:.2f} % of {one['images']:.0f}, {others}"
-    show_result(as_table(origin, rows))
+    show_result(*as_table(origin, rows))
 
 
 @torch.no_grad()

@@ -272,7 +272,7 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float], is_ol
     }
     rows |= scoring.load_summary(dict(figures), num_experts=run.config.model.moe.num_experts)
     done = ", all of them before this start" if is_old else ""
-    say(as_table(f"training is complete: {run.config.training.steps} steps{done}", rows))
+    say(*as_table(f"training is complete: {run.config.training.steps} steps{done}", rows))
 
 
 def run_all(run: Run, logbook: Logbook, *, start: Start, stop: StopSignals) -> None:
@@ -342,7 +342,7 @@ def parse(argv: list[str]) -> Config:
         note=warn if launch.shown_rank() == "0" else lambda _: None,
     )
     if arguments.print_config:
-        show_result(compose.to_yaml(config).rstrip("\n"))
+        show_result(*compose.to_yaml(config).splitlines())
         raise SystemExit(0)
     return config
 

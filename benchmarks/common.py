@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from parallel.terminal import show_result
 from training.logbook import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,7 @@ def summarise(times: Mapping[str, Sequence[float]], *, rival: str) -> list[Row]:
 def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
     """Print a line per row."""
     for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        show_result("  ".join(f"{key}={value}" for key, value in row.items()))
 
 
 def _git(*arguments: str) -> str | None:
@@ -114,4 +115,4 @@ def write(
     result = {"benchmark": name, **head, **conditions, "rows": list(rows)}
     out = out or RESULTS / f"{str(head['date'])[:10]}-{kind}-{name}.json"
     save(out, result)
-    print(f"written to {out}")
+    show_result(f"written to {out}")

@@ -54,6 +54,7 @@ from torchvision.transforms import InterpolationMode
 from benchmarks import common
 from options import compose
 from options.schema import Config, walk
+from parallel.terminal import show_result
 
 LOOPS = ("ours", "timm")
 # One rank has the images of an update that the config gives to two.
@@ -319,7 +320,7 @@ def main() -> None:
     rows = read_rows(out, conditions)
     common.print_rows(rows)
     for name, figures in summarise(rows).items():
-        print(f"{name}: {figures['mean']} +- {figures['standard_error']}")
+        show_result(f"{name}: {figures['mean']} +- {figures['standard_error']}")
 
 
 if __name__ == "__main__":

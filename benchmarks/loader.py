@@ -56,6 +56,7 @@ from images.augment import Normaliser, Transform, train_transform
 from images.cache import index_images
 from images.feed import Feed, Tolerance
 from images.reading import ImageReader, pick_decoder
+from parallel.terminal import show_result
 
 BATCH, CROP = 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -383,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
             common.write("loader", out=arguments.out, conditions=conditions | measured, rows=rows)
     common.print_rows(rows)
     if cut:
-        print(f"no time for: {', '.join(cut)}")
+        show_result(f"no time for: {', '.join(cut)}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS, layer_floor_ms, works
 from benchmarks.moe_rivals import Case, Contender, Problem, draw
 from moe_kernels import tiles
 from moe_kernels.ops import resolve_kernels
+from parallel.terminal import show_result
 
 PACKAGES = ("torch", "triton", "scattermoe", "sonic-moe", "megablocks", "liger-kernel")
 # Percent of the H200's rate that forward and backward of (dim, hidden) are to reach.
@@ -155,7 +156,7 @@ def runs_here(run: Run, *, errors: Errors) -> bool:
     try:
         run()
     except errors as error:
-        print(f"{type(error).__name__}: {error}"[:500])
+        show_result(f"{type(error).__name__}: {error}"[:500])
         return False
     return True
 
@@ -220,12 +221,12 @@ def tune(cases: list[Case], setting: Setting, *, table: Path, deadline_s: float)
     entries = tiles.read_table(tiles.TABLE)
     for case in cases:
         if time.monotonic() > deadline_s:
-            print(f"out of time before {case.label}")
+            show_result(f"out of time before {case.label}")
             break
         size, best = moe_kernels.tuned(setting.draw(case), setting.clock, repeats=setting.repeats)
         entries[size] = best
         tiles.write_table(table, entries)
-        print(f"{case.label}: {best}", flush=True)
+        show_result(f"{case.label}: {best}")
 
 
 def versions() -> dict[str, str | None]:
@@ -244,13 +245,15 @@ def write(path: Path, conditions: dict[str, object], results: list[CaseResult]) 
 
 def print_result(result: CaseResult) -> None:
     """Print a case's layers and kernels, a line each."""
-    print(f"{result.case.label}: target={result.target_percent} best={result.best_rival}")
+    show_result(f"{result.case.label}: target={result.target_percent} best={result.best_rival}")
     for row in result.layers:
         figures = f"{row.step_ms} ms {row.percent} % x{row.time_over_ours} host {row.host_ms} ms"
-        print(f"  {row.layer:18} {figures if row.status == 'ok' else row.status} {row.reason}")
+        show_result(
+            f"  {row.layer:18} {figures if row.status == 'ok' else row.status} {row.reason}"
+        )
     for kernel in result.kernels:
         rates = f"{kernel.ms} ms {kernel.percent} % floor x{kernel.time_over_floor}"
-        print(f"    {kernel.kernel:16} {rates} {kernel.time_over}", flush=True)
+        show_result(f"    {kernel.kernel:16} {rates} {kernel.time_over}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -320,16 +323,16 @@ def main(arguments: list[str] | None = None) -> None:
     }
     out = options.out or common.RESULTS / f"{str(stamp['date'])[:10]}-{kind}-moe_gpu.json"
     for name, reason in missing.items():
-        print(f"{name} is not here: {reason}")
+        show_result(f"{name} is not here: {reason}")
     results: list[CaseResult] = []
     for case in cases:
         if time.monotonic() > deadline_s:
-            print(f"out of time before {case.label}")
+            show_result(f"out of time before {case.label}")
             break
         results.append(measure(case, build, setting))
         print_result(results[-1])
         write(out, conditions, results)
-    print(f"written to {out}")
+    show_result(f"written to {out}")
 
 
 if __name__ == "__main__":

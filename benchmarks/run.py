@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import tables
+from parallel.terminal import show_result, warn
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,7 +195,7 @@ def run_parts(
         budget_s = max(0.0, limit_s * part.seconds / total + saved_s)
         out = folder / f"{part.name}.json"
         words = command(part, out=out, budget_s=budget_s, is_dry=is_dry, match=match)
-        print(f"\n{part.name}, at most {budget_s:.0f} s: {' '.join(words[1:])}", flush=True)
+        show_result("", f"{part.name}, at most {budget_s:.0f} s: {' '.join(words[1:])}")
         started, fault = time.monotonic(), None
         try:
             fault = finish(words, threads=1 if is_dry else part.threads, budget_s=budget_s)
@@ -272,9 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(merged, indent=1) + "\n", "utf-8")
-        print(f"\nwritten to {out}")
+        show_result("", f"written to {out}")
     for name, what in [*faults.items(), *unfinished.items()]:
-        print(f"{name}: {what}", file=sys.stderr)
+        warn(f"{name}: {what}")
     if not options.dry:
         tables.main([])
     return len(faults)

@@ -30,6 +30,7 @@ from benchmarks.moe_check import library_errors
 from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS
 from benchmarks.step_cases import Group, Made, Setting
 from parallel import distributed
+from parallel.terminal import show_result
 
 STEPS = 3
 GIB = 2**30
@@ -291,7 +292,7 @@ def run_groups(options: argparse.Namespace, groups: list[Group], setting: Settin
             # Or the graphs of one group would count towards the recompilations of the next.
             torch.compiler.reset()
             common.print_rows(found)
-            print(f"{group.label}: {allocated_gib(device):.2f} GiB still in use", flush=True)
+            show_result(f"{group.label}: {allocated_gib(device):.2f} GiB still in use")
             rows += found
         conditions = {
             "is_dry": options.dry,
@@ -303,7 +304,7 @@ def run_groups(options: argparse.Namespace, groups: list[Group], setting: Settin
         }
         common.write(name, out=options.out, conditions=conditions, rows=rows, device=device)
         if cut:
-            print(f"out of time before: {', '.join(cut)}")
+            show_result(f"out of time before: {', '.join(cut)}")
             break
 
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel.terminal import show_result
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "benchmarks" / "NOTES.md", ROOT / "docs" / "performance.md")
@@ -497,7 +499,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = read_parts(options.results)
     for document in options.documents:
         document.write_text(render(document.read_text("utf-8"), parts), "utf-8")
-        print(f"tables of {document}")
+        show_result(f"tables of {document}")
 
 
 if __name__ == "__main__":

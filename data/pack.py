@@ -33,6 +33,7 @@ from images.cache import index_images
 from images.index import ImageIndex, Split
 from images.reading import PNG_MAGIC, ImageReader, UnreadableError, describe, rgb
 from options.command_line import Parser
+from parallel.terminal import show_result, warn
 
 QUALITY = 90
 SHARD_IMAGES = 2_000
@@ -243,7 +244,7 @@ def _count(packer: Packer, shards: Iterator[list[str]], *, max_bad: int) -> int:
     for skipped in tqdm(shards, split, len(packer.numbers), unit="shard", disable=None):
         for line in skipped:
             count += 1
-            print(f"{line}; skipped {count} of at most {max_bad}", file=sys.stderr)
+            warn(f"{line}; skipped {count} of at most {max_bad}")
         if count > max_bad:
             raise ValueError(f"--max-bad {max_bad}: {count} images cannot be used")
     return count
@@ -277,9 +278,10 @@ def main(argv: list[str]) -> int:
                 workers=arguments.workers,
                 max_bad=max_bad if arguments.on_error == "skip" else None,
             )
-            print(f"{split}: {count} images in {arguments.out / split}, {skipped} skipped")
+            where = arguments.out / split
+            show_result(f"{split}: {count} images in {where}, {skipped} skipped")
     except (ValueError, OSError, BrokenExecutor) as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 2
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from options.printable import printable
 from options.schema import Config, walk
 from options.values import expected
 
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit with code 2."""
-        self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"{printable(f'error: {message} (see {self.prog} --help)')}\n")
 
 
 def unknown_option(key: str) -> str:

@@ -77,7 +77,7 @@ def test_a_run_with_another_loss_reports_cross_entropy_and_calls_it_so(ranks, sm
 
     def trained(world):
         shown = []
-        train.as_table = lambda _title, rows: shown.append(dict(rows)) or ""
+        train.as_table = lambda _title, rows: shown.append(dict(rows)) or []
         train.train(config, world)
         return shown[0]
 

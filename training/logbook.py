@@ -23,11 +23,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from options.printable import printable
 from options.schema import Config
 from parallel.terminal import give_up, say, warn
 from training.log_file import LogFile
@@ -207,17 +209,24 @@ class Logbook:
             warn(f"warning: {count} writes to {sink} failed")
 
 
-def as_table(title: str, rows: Mapping[str, str]) -> str:
-    """Return `rows` as a two-column table; values are not wrapped, so that they can be copied."""
-    table = Table(title=title, show_header=False, title_justify="left")
+def as_table(title: str, rows: Mapping[str, str]) -> list[str]:
+    """Return the lines of a two-column table; values are not wrapped, so that they can be copied.
+
+    The title and the rows may hold foreign text.
+    """
+    rows = {printable(name): printable(value) for name, value in rows.items()}
+    table = Table(title=printable(title), show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
     # Borders and padding of two columns take 7 characters.
-    width = 7 + max(map(len, rows)) + max(map(len, rows.values()))
+    width = 7 + max(map(cell_len, rows)) + max(map(cell_len, rows.values()))
     # Not straight to stdout: rich ends the process if the pipe is closed. The encoding is stdout's
     # because rich draws its lines in ASCII where that has nothing better. Without markup, since a
-    # path may have square brackets.
+    # path may have square brackets, and without color, whatever FORCE_COLOR says.
     text = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8")
-    Console(file=text, width=width, soft_wrap=True, markup=False, emoji=False).print(table)
+    console = Console(
+        file=text, width=width, soft_wrap=True, markup=False, emoji=False, force_terminal=False
+    )
+    console.print(table)
     text.seek(0)
-    return text.read().rstrip("\n")
+    return text.read().rstrip("\n").split("\n")

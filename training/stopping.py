@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from options.printable import printable
 from parallel import distributed, launch
 from parallel.terminal import give_up, warn
 from training.scoring import NonFiniteError
@@ -120,9 +121,9 @@ class StopSignals:
 
 def _one_line(error: BaseException) -> str:
     """Return a message without line breaks; of a loader worker's traceback, the last line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     has_traceback = any("Traceback (most recent" in line for line in lines)
-    return lines[-1] if has_traceback else " ".join(" ".join(lines).split())
+    return lines[-1] if has_traceback else " ".join(lines) or type(error).__name__
 
 
 def _run(program: Callable[[], None], *, is_training: bool, debug: bool) -> tuple[str | None, int]:
@@ -166,7 +167,7 @@ def exit_code(
     try:
         line, code = _run(program, is_training=is_training, debug=debug)
     except BaseException:
-        launch.tell_torchrun(traceback.format_exc())
+        launch.tell_torchrun("\n".join(map(printable, traceback.format_exc().splitlines())))
         raise
     if line is None:
         return code
@@ -175,7 +176,7 @@ def exit_code(
     else:
         text = f"error (rank {launch.shown_rank()}): {line}" if has_ranks else f"error: {line}"
     warn(text)
-    launch.tell_torchrun(text)
+    launch.tell_torchrun(printable(text))
     return code
 
 

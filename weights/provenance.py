@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from options.printable import printable
+
 LOADED, RESAMPLED, COPIED, SPLIT = "loaded", "resampled", "copied", "split"
 TIED, DRAWN, ZERO, SCRATCH = "tied", "drawn", "zero", "from scratch"
 
@@ -86,4 +88,5 @@ class Initial:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        return [*table, *(f"not used: {name}" for name in self.left_out), f"experts: {self.effect}"]
+        unused = (f"not used: {name}" for name in self.left_out)
+        return [printable(line) for line in (*table, *unused, f"experts: {self.effect}")]
