@@ -84,9 +84,10 @@ class Life:
     def times(self, pattern: str) -> set[tuple[Path, int]]:
         """Paths of that pattern, and when they were written."""
         found = set()
-        for path in self.home.glob(pattern) if pattern else ():
-            with contextlib.suppress(FileNotFoundError):
-                found.add((path, path.stat().st_mtime_ns))
+        with contextlib.suppress(FileNotFoundError):  # a folder that is renamed in this moment
+            for path in self.home.glob(pattern) if pattern else ():
+                with contextlib.suppress(FileNotFoundError):
+                    found.add((path, path.stat().st_mtime_ns))
         return found
 
     def wait(self) -> None:
