@@ -53,13 +53,13 @@ def save(root: Path, tensors: TensorTree, *, state: Json, loss: float) -> Path:
 
 
 def find_newest(
-    root: Path, *, metric: str | None = None
+    root: Path, *, metric: str | None = None, any_mode: bool = False
 ) -> tuple[Checkpoint | None, dict[Path, str]]:
     """Return the newest complete checkpoint under `root`, and why newer ones are not. Collective.
 
     With `metric`, "+name" or "-name", it is the one with the highest or lowest figure; the newest
-    if none has the figure. Rank 0 alone looks: ranks that looked at a shared folder by themselves
-    could see different ones and resume from different steps.
+    if none has the figure. `any_mode`: see `verify.verify`. Rank 0 alone looks: ranks that looked
+    at a shared folder by themselves could see different ones and resume from different steps.
 
     Raises:
         ValueError: There are checkpoints, but none is complete: starting over would hide that.
@@ -68,7 +68,7 @@ def find_newest(
     answer: tuple[Checkpoint | None, dict[Path, str]] | Exception = (None, {})
     if dist.get_rank() == 0:
         answer = collectives.capture(
-            lambda: verify.first_whole(verify.candidates(root, metric=metric))
+            lambda: verify.first_whole(verify.candidates(root, metric=metric), any_mode=any_mode)
         )
     found, rejected = collectives.broadcast_or_raise(answer)
     if found is None and rejected:

@@ -238,6 +238,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--pick", choices=("newest", "best"), default="newest", help="of a run's checkpoints"
     )
     parser.add_argument("--metric", help=f"of the best; default: lowest, --metric={BEST}")
+    parser.add_argument(
+        "--any-mode",
+        action="store_true",
+        help="read checkpoints that every user can write to, as on file systems without modes",
+    )
     parser.add_argument("--per-class", action="store_true", help="a line for each class")
     parser.add_argument(
         "--among",
@@ -261,7 +266,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     check_used(arguments)
     metric = picked_metric(arguments.pick, arguments.metric)
-    source = read_source(arguments.source, Choice(weights=arguments.weights, metric=metric))
+    source = read_source(
+        arguments.source, Choice(arguments.weights, metric, any_mode=arguments.any_mode)
+    )
     overrides = arguments.overrides
     if arguments.config_name:
         source, overrides = name_options(source, arguments.config_name, overrides), []

@@ -211,6 +211,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--pick", choices=("newest", "best"), default="newest", help="of a run folder's checkpoints"
     )
     parser.add_argument("--metric", help=f"of the best; default: lowest, --metric={BEST}")
+    parser.add_argument(
+        "--any-mode",
+        action="store_true",
+        help="read checkpoints that every user can write to, as on file systems without modes",
+    )
     parser.add_argument("--stem", help="which files of ranks: <stem>_rank<r>.pth")
     parser.add_argument("--config-name", metavar="NAME", help="recipe of a file without options")
     parser.add_argument("--max-shard-gb", type=float, help=f"default: {MAX_SHARD_GB}")
@@ -244,7 +249,9 @@ def export(arguments: argparse.Namespace) -> None:
         is_file=writes_file(path, arguments.to),
         overwrite=arguments.overwrite,
     )
-    source = read_source(arguments.source, Choice(arguments.weights, metric, arguments.stem))
+    source = read_source(
+        arguments.source, Choice(arguments.weights, metric, arguments.stem, arguments.any_mode)
+    )
     if arguments.config_name is not None:
         source = name_options(source, arguments.config_name, arguments.overrides)
     source.print_notes()

@@ -306,7 +306,8 @@ def train(config: Config, world: World) -> None:
     with StopSignals() as stop:
         run, choices = prepare.prepare(config, world)
         run = distillation.with_teacher(run)
-        with run_folder.locked(run.folder):
+        run_folder.check_place(run.folder, {*run.train_index.watched, *run.val_index.watched})
+        with run_folder.locked(run.folder, lock=config.training.checkpoint.lock):
             start = resume(run)
             beginning = pretrained.begin(run) if start.found is None else None
             open_folder(run, start)

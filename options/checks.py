@@ -291,6 +291,8 @@ def _check_training(config: Config, problems: Problems) -> None:
     )
     is_sparse = o.bce_threshold is None or floor <= o.bce_threshold
     training.require(is_sparse, "label_smoothing", allowed)
+    saving = problems.section("training.checkpoint", o.checkpoint)
+    saving.require(o.checkpoint.path.strip() != "", "path", "must be a folder")
     if o.wandb.project is None:
         wandb = problems.section("training.wandb", o.wandb)
         wandb.refuse_changed("mode", why="training.wandb.project=null")

@@ -467,6 +467,14 @@ class CheckpointOptions:
         choices=(None, "+val_top1", "+val_top5", "-val_loss", "-loss"),
     )
     async_save: bool = option(False, "save in another process while training goes on")
+    lock: bool = option(
+        True, "false: for a file system without locks; then nothing keeps two runs apart there"
+    )
+    any_mode: bool = option(
+        False,
+        "true: resume from files that every user can write to, as all are on a file system "
+        "without modes (WSL's /mnt/c)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from routers import balance, router
 from tests.support.networks import build_vit
 from tests.support.pictures import write_image
 from tests.support.watch import Seen, Watch, run_watched
-from training import distillation, loaders, network, saver
+from training import distillation, loaders, network, run_folder, saver
 from weights import warm_start
 
 BILINEAR, LANCZOS = InterpolationMode.BILINEAR, InterpolationMode.LANCZOS
@@ -306,6 +306,8 @@ LOOP = {
         lambda s: s.watch.Retention.metric,
     ),
     "training.checkpoint.async_save": ("true", 1, lambda s: s.called("AsyncSaver")),
+    "training.checkpoint.lock": ("false", SAME, lambda s: s.watch.locked.lock),
+    "training.checkpoint.any_mode": ("true", SAME, lambda s: s.watch.check_writable.any_mode),
     "training.tensorboard": ("false", False, lambda s: (s.run.folder / "tensorboard").exists()),
     "training.wandb.project": ("birds", SAME, lambda s: s.watch.init.project),
     "training.wandb.mode": ("offline", SAME, lambda s: s.watch.init.mode),
@@ -565,6 +567,7 @@ def watched():
         network: ["VisionTransformer"],
         roots: ["read_root"],
         router: ["jittered", "keep_within_capacity", "renormalized", "some_closed"],
+        run_folder: ["check_writable", "locked"],
         saver: ["Retention"],
         saver.Saver: ["save"],
         sharding: ["clip_gradients"],

@@ -64,7 +64,8 @@ def _of_ours(
     """Return the network of a checkpoint of ours, and the options of its run."""
     hint = "is it the file of a model of timm? then name that, with teacher_checkpoint"
     try:
-        source = read_source(path, Choice())
+        choice = Choice(any_mode=config.training.checkpoint.any_mode)
+        source = read_source(path, choice)
     except ValueError as error:
         raise ValueError(f"config distillation.teacher={path}: {error} ({hint})") from error
     if dist.get_rank() == 0:

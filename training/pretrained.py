@@ -9,6 +9,7 @@ A resumed run has its weights in its own checkpoint and reads nothing here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -118,14 +119,14 @@ def _from_timm(name: str) -> Pretrained:
     return Pretrained(weights, f"timm {name}", heads, model.patch_embed.grid_size, about)
 
 
-def read(checkpoint: str, which: str | None = None) -> Pretrained:
+def read(checkpoint: str, which: str | None = None, *, any_mode: bool = False) -> Pretrained:
     """Read a file or folder, or the model of timm of that name if there is neither.
 
     `which` is "model" or "ema" where there are several weights; None: see weights.sources.Choice.
     """
     path = Path(checkpoint).expanduser()
     if path.exists():
-        source, second = _read_source(path, Choice(which))
+        source, second = _read_source(path, Choice(which, any_mode=any_mode))
         source.print_notes()
         options = _options(source)
         heads = options.get("num_heads")
@@ -148,9 +149,12 @@ def read(checkpoint: str, which: str | None = None) -> Pretrained:
     )
 
 
-def read_on_main(checkpoint: str, which: str | None, *, is_main: bool) -> Pretrained:
+def read_on_main(
+    checkpoint: str, which: str | None, *, is_main: bool, any_mode: bool = False
+) -> Pretrained:
     """Read on rank 0 and return it on every rank, in fp32 on the CPU. Collective."""
-    found = capture(read, checkpoint, which) if is_main else None
+    reading = functools.partial(read, checkpoint, which, any_mode=any_mode)
+    found = capture(reading) if is_main else None
     about: Pretrained | Exception | None = found
     if isinstance(found, Pretrained):
         shapes = {name: tensor.to("meta") for name, tensor in found.weights.items()}
@@ -203,7 +207,8 @@ def begin(run: Run) -> Beginning:
     if o.checkpoint is None:
         job = Job({}, target, InitOptions(mode="scratch"), origin="")
         return Beginning("scratch", warm_start.initial_weights(job))
-    found = read_on_main(o.checkpoint, o.weights, is_main=run.world.is_main)
+    any_mode = run.config.training.checkpoint.any_mode
+    found = read_on_main(o.checkpoint, o.weights, is_main=run.world.is_main, any_mode=any_mode)
     num_heads, origin = run.config.model.vit.num_heads, f"config init.checkpoint={o.checkpoint}"
     if found.num_heads not in (None, num_heads):
         raise ValueError(

@@ -197,12 +197,13 @@ def _pick(run: Run) -> tuple[verify.Checkpoint | None, Mapping[Path, str]]:
     stop goes on from its newest, since nothing was wrong with it, and so does one that is complete:
     going back would train its last steps again at every start.
     """
-    newest, rejected = checkpoint.find_newest(run.folder)
-    metric = run.config.training.checkpoint.resume_from_metric
+    options = run.config.training.checkpoint
+    newest, rejected = checkpoint.find_newest(run.folder, any_mode=options.any_mode)
+    metric = options.resume_from_metric
     is_over = newest is None or newest.step >= run.config.training.steps
     if metric is None or newest is None or is_over or newest.state.get("stopped"):
         return newest, rejected
-    return checkpoint.find_newest(run.folder, metric=metric)
+    return checkpoint.find_newest(run.folder, metric=metric, any_mode=options.any_mode)
 
 
 def resume(run: Run) -> Start:
@@ -248,7 +249,9 @@ def open_folder(run: Run, start: Start) -> None:
     """
     if start.step == run.config.training.steps:
         return
-    run_folder.check_writable(run.folder, dcp_writer.num_bytes(run.tensors()))
+    any_mode = run.config.training.checkpoint.any_mode
+    num_bytes = dcp_writer.num_bytes(run.tensors())
+    run_folder.check_writable(run.folder, num_bytes, any_mode=any_mode)
     if run.world.is_main:
         if start.found is not None and start.changed:
             options = start.found.state["config"]

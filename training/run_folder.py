@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import math
 import os
 import re
 import shutil
 import socket
+import stat
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from parallel import collectives
 from weights import dcp_writer, verify
 from weights.dcp_reader import untrusted_reason
 from weights.dcp_writer import STAGING
+from weights.files import PARTIAL
 
 LOCK = ".lock"
 TRASH = re.compile(r"\.trash-[0-9a-f]{32}")
@@ -41,6 +44,37 @@ def _same_file(descriptor: int, path: Path) -> bool:
     return os.path.samestat(os.fstat(descriptor), there)
 
 
+def check_place(folder: Path, watched: Iterable[str]) -> None:
+    """Refuse a run folder inside a dataset: its folders would pass for classes or shards.
+
+    `watched` are the dataset's files and folders.
+
+    Raises:
+        ValueError: It is inside.
+    """
+    place = folder.resolve()
+    for images in sorted(watched):
+        if place.is_relative_to(Path(images).resolve()):
+            raise ValueError(
+                f"config training.checkpoint.path={folder}: is inside the images of {images}, and "
+                "what a run writes would be taken for classes; use a folder outside"
+            )
+
+
+def _open_lock(path: Path) -> int:
+    """Open or create the lock file, which is about to be emptied: only a file that is just that."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise OSError(f"file {path}: cannot be opened: {error.strerror}") from error
+    facts = os.fstat(descriptor)
+    if stat.S_ISREG(facts.st_mode) and facts.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"file {path}: not a regular file with one name; delete it if no run is there")
+
+
 def _try_lock(folder: Path) -> int:
     """Return the descriptor that holds the lock of `folder`.
 
@@ -49,7 +83,7 @@ def _try_lock(folder: Path) -> int:
     """
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _open_lock(path)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have deleted the file between open and lock: a lock on a file
@@ -64,29 +98,33 @@ def _try_lock(folder: Path) -> int:
             raise BlockingIOError(f"folder {folder}: in use by {holder} ({path})") from error
         except OSError as error:
             os.close(descriptor)
-            raise OSError(f"folder {folder}: cannot be locked ({path}): {error}") from error
+            path.unlink(missing_ok=True)
+            raise OSError(
+                f"folder {folder}: cannot be locked ({path}): {error} (on a file system without "
+                "locks: training.checkpoint.lock=false, and one run at a time)"
+            ) from error
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, lock: bool = True) -> Iterator[None]:
     """Keep other runs out of `folder`, which is made if it is missing. Collective.
 
     Two runs in one folder would sweep each other's staging folders and take turns to resume from
-    each other's checkpoints.
+    each other's checkpoints. Without `lock` it is the user who keeps them apart.
 
     Raises:
         OSError: On every rank, if another process has it, which is named, or it cannot be made.
     """
 
-    def take() -> int:
+    def take() -> int | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(
                 f"config training.checkpoint.path={folder}: cannot be made: {error}"
             ) from error
-        return _try_lock(folder)
+        return _try_lock(folder) if lock else None
 
     is_new = not folder.exists()
     held = collectives.capture(take) if dist.get_rank() == 0 else None
@@ -98,16 +136,16 @@ def locked(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a folder that is gone needs no lock
                 (folder / LOCK).unlink()
             os.close(held)
-            if is_new:
-                with contextlib.suppress(OSError):  # fails, as it should, if the run left anything
-                    folder.rmdir()
+        if is_new and dist.get_rank() == 0:
+            with contextlib.suppress(OSError):  # fails, as it should, if the run left anything
+                folder.rmdir()
 
 
 def _trash(root: Path) -> Path:
     return root / f".trash-{uuid.uuid4().hex}"
 
 
-def _probe(folder: Path, num_bytes: int) -> Path:
+def _probe(folder: Path, num_bytes: int, *, any_mode: bool) -> Path:
     """Do what a save does, in small, so that a run fails here and not at its first save."""
     staged = folder / f".staging-0-{uuid.uuid4().hex}"
     needed, free = COPIES_IN_FLIGHT * num_bytes, shutil.disk_usage(folder).free
@@ -127,19 +165,23 @@ def _probe(folder: Path, num_bytes: int) -> Path:
     except OSError as error:
         raise OSError(f"folder {folder}: cannot save there: {error}") from error
     for path in (renamed, renamed / "probe"):
-        if reason := untrusted_reason(path):
-            raise OSError(f"folder {folder}: what is made there {reason}; no run could resume it")
+        if reason := untrusted_reason(path, any_mode=any_mode):
+            raise OSError(
+                f"folder {folder}: what is made there {reason}; no run could resume it (where "
+                "files have no modes: training.checkpoint.any_mode=true)"
+            )
     return renamed / "probe"
 
 
-def check_writable(folder: Path, num_bytes: int) -> None:
+def check_writable(folder: Path, num_bytes: int, *, any_mode: bool = False) -> None:
     """Find out before the first step whether a checkpoint of `num_bytes` can be saved. Collective.
 
     Raises:
         OSError: On every rank: no room, not writable, not shared by all ranks, or what is made
             there would be refused on resume.
     """
-    made = collectives.capture(_probe, folder, num_bytes) if dist.get_rank() == 0 else None
+    probing = functools.partial(_probe, folder, num_bytes, any_mode=any_mode)
+    made = collectives.capture(probing) if dist.get_rank() == 0 else None
     probe = collectives.broadcast_or_raise(made)
     assert isinstance(probe, Path), "rank 0 has made it"
     blind = [rank for rank, sees in enumerate(collectives.all_gather(probe.exists())) if not sees]
@@ -177,6 +219,19 @@ def _unused(path: Path) -> Path:
         attempt += 1
         name = path.with_name(f"superseded_{path.name}_{attempt}")
     return name
+
+
+def is_litter(name: str) -> bool:
+    """Whether `name` is that of something which a run had not finished when it ended."""
+    return any(pattern.fullmatch(name) for pattern in (STAGING, TRASH, PARTIAL))
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder with what is in it, or a file; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _try(function: Callable[[Path], object], path: Path) -> str | None:
@@ -220,7 +275,11 @@ class Retention:
         is_full = len(best) == self.keep_best
         bar = min((scores[folder] for folder in best), default=math.inf) if is_full else -math.inf
         kept = {*best, *self.protected}
-        return [folder for folder in older if folder not in kept and not scores[folder] > bar]
+        return [
+            folder
+            for folder in older
+            if folder not in kept and not scores[folder] > bar and not folder.is_symlink()
+        ]
 
     def sweep(self, root: Path) -> dict[Path, str]:
         """Delete old checkpoints and what unfinished saves left; return what failed, and why.
@@ -234,8 +293,7 @@ class Retention:
                 if reason := _try(folder.rename, _trash(root)):
                     failed[folder] = reason
             for path in root.iterdir():
-                is_litter = STAGING.fullmatch(path.name) or TRASH.fullmatch(path.name)
-                if is_litter and (reason := _try(shutil.rmtree, path)):
+                if is_litter(path.name) and (reason := _try(_remove, path)):
                     failed[path] = reason
         except OSError as error:  # the folder itself cannot be listed
             failed[root] = str(error)

@@ -36,8 +36,11 @@ from weights.pickles import BROKEN, PlainUnpickler, Refused, check_regular
 _ROOT_UID = 0
 
 
-def untrusted_reason(path: Path) -> str | None:
-    """Return why what lies at `path` may be somebody else's work, None if it is this user's own."""
+def untrusted_reason(path: Path, *, any_mode: bool = False) -> str | None:
+    """Return why what lies at `path` may be somebody else's work, None if it is this user's own.
+
+    `any_mode`: the file system has no modes of its own (every file is 0777), so they say nothing.
+    """
     facts = path.lstat()
     if stat.S_ISLNK(facts.st_mode):
         return "is a symbolic link"
@@ -45,7 +48,7 @@ def untrusted_reason(path: Path) -> str | None:
         return "is neither a file nor a folder"
     if facts.st_uid not in (os.geteuid(), _ROOT_UID):
         return f"belongs to user {facts.st_uid}, not to {os.geteuid()} or root"
-    if facts.st_mode & stat.S_IWOTH:
+    if facts.st_mode & stat.S_IWOTH and not any_mode:
         return f"can be written by every user (mode {stat.S_IMODE(facts.st_mode):04o})"
     return None
 

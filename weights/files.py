@@ -46,10 +46,12 @@ _MOST_SHARED = 4  # names of one tensor, on average
 _SHOWN = 6  # ranks of missing files
 # One of several files of a model.
 _PART = re.compile(r".+-\d+-of-(?P<files>\d+)\.safetensors")
+# What a kill leaves of a file that was being written.
+PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{32}")
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -59,7 +61,11 @@ def _delete(path: Path) -> None:
 def in_place_of(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` for a file or a folder of files; it then becomes `target`.
 
-    After an error `target` is as it was. What it replaces is deleted once it is there.
+    After an error `target` is as it was. What it replaces is deleted once it is there; of a link
+    that is the link.
+
+    Raises:
+        IsADirectoryError: A file would replace a folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
@@ -70,6 +76,8 @@ def in_place_of(target: Path) -> Iterator[Path]:
         # Content first, names after: a power cut must not leave the name on an empty file.
         for path in [*(partial.iterdir() if partial.is_dir() else ()), partial]:
             fsync(path)
+        if target.is_dir() and not target.is_symlink() and not partial.is_dir():
+            raise IsADirectoryError(f"file {target}: is a folder")
         if target.is_dir():  # a folder cannot be replaced in one step
             target.rename(old)
         partial.replace(target)
@@ -83,8 +91,8 @@ def in_place_of(target: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file of which a kill leaves the old content or the new one, whole."""
-    with in_place_of(path) as partial:
-        partial.write_text(text, "utf-8")
+    with in_place_of(path) as partial, partial.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_pickle(path: Path, content: Mapping[str, object]) -> None:

@@ -75,11 +75,13 @@ class Choice:
         file of timm, DeiT or M3ViT that has one, as timm's own loader does.
     metric: the best of a run's checkpoints by this figure; None for the newest.
     stem: the files <stem>_rank<r>.pth of a folder.
+    any_mode: read checkpoints that every user could have written, where files have no modes.
     """
 
     weights: str | None = None
     metric: str | None = None
     stem: str | None = None
+    any_mode: bool = False
 
 
 def picked_metric(pick: str, metric: str | None) -> str | None:
@@ -98,7 +100,9 @@ def picked_metric(pick: str, metric: str | None) -> str | None:
     return metric
 
 
-def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
+def find_checkpoint(
+    run_folder: Path, *, metric: str | None, any_mode: bool = False
+) -> tuple[Checkpoint, tuple[str, ...]]:
     """Return the newest complete checkpoint of a run, or the best one by a figure of its state.
 
     The second value says what is wrong with those that come before it. `metric` is "+name" where
@@ -113,7 +117,7 @@ def find_checkpoint(run_folder: Path, *, metric: str | None) -> tuple[Checkpoint
                 f"--metric {metric}: no checkpoint in {run_folder} has this figure "
                 f"(there are: {', '.join(sorted(known)) or 'none'})"
             )
-    found, rejected = verify.first_whole(folders)
+    found, rejected = verify.first_whole(folders, any_mode=any_mode)
     problems = tuple(reason.removeprefix("checkpoint ") for reason in rejected.values())
     if found is None:
         raise ValueError(f"folder {run_folder}: no complete checkpoint: {'; '.join(problems)}")
@@ -178,7 +182,7 @@ def _read_checkpoint(found: Checkpoint, choice: Choice) -> Source:
 
 
 def _read_run(folder: Path, choice: Choice) -> Source:
-    found, passed_over = find_checkpoint(folder, metric=choice.metric)
+    found, passed_over = find_checkpoint(folder, metric=choice.metric, any_mode=choice.any_mode)
     return dataclasses.replace(_read_checkpoint(found, choice), passed_over=passed_over)
 
 
@@ -336,7 +340,7 @@ def read_source(path: Path, choice: Choice) -> Source:
     _refuse_unused(path, choice, is_run=is_run, is_ranks=is_ranks)
     if path.is_dir():
         if MANIFEST in names:
-            return _read_checkpoint(verify.verify(path), choice)
+            return _read_checkpoint(verify.verify(path, any_mode=choice.any_mode), choice)
         if METADATA in names:
             origin = f"{path} (not verified: it has no {MANIFEST})"
             return _of_any(origin, weight_files.read_dcp(path, choice.weights or "model"), path)
