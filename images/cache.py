@@ -129,8 +129,7 @@ def refresh(
     """
     ends = time.monotonic() + prints_s
     key = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    places = [folder] if folder else [root / FOLDER, HOME_FOLDER.expanduser()]
-    paths = [place / f"{split}-{key}.npz" for place in places]
+    paths = [place / f"{split}-{key}.npz" for place in _places(root, folder)]
     current, cached = _find_current(paths)
     index = index_images(root, split) if current is None else current
     is_new, needs_prints = current is None, prints_s > 0 and duplicates.num_unknown(index) > 0
@@ -150,6 +149,16 @@ def refresh(
                 f"anywhere ({error})"
             ) from error
     return cached
+
+
+def _places(root: Path, folder: Path | None) -> list[Path]:
+    """Return where an index may be kept: in `folder` alone, or with the data or in the home."""
+    if folder:
+        return [folder]
+    try:
+        return [root / FOLDER, HOME_FOLDER.expanduser()]
+    except RuntimeError:  # a user without a home; the data's folder will do, or the error says so
+        return [root / FOLDER]
 
 
 def _find_current(paths: Sequence[Path]) -> tuple[ImageIndex | None, Cached | None]:

@@ -76,17 +76,31 @@ class Meshes:
         return self.expert.size(2)
 
 
+def expand_home(text: str | Path) -> Path:
+    """Return `text` as a path, with ~ and ~user expanded.
+
+    Raises:
+        ValueError: There is no such home. In a container the user often has no entry in passwd.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        name = Path(text).parts[0]
+        problem = "no such user" if name != "~" else "HOME is not set and the user is not in passwd"
+        raise ValueError(f"path {text}: {name} is no folder: {problem}") from error
+
+
 def expand_path(text: str) -> Path:
     """Return `text` as a path, with ~ and environment variables expanded.
 
     Raises:
-        ValueError: A variable is not set; the message names it.
+        ValueError: A variable is not set, or there is no such home; the message names it.
     """
     for found in re.finditer(r"\$(\w+)|\$\{(\w+)\}", text):
         name = found[1] or found[2]
         if name not in os.environ:
             raise ValueError(f"environment variable {name} is not set")
-    return Path(os.path.expandvars(text)).expanduser()
+    return expand_home(os.path.expandvars(text))
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

@@ -15,8 +15,12 @@ import socket
 import time
 from pathlib import Path
 
+from parallel.terminal import warn
+
 FACTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PORTS = range(1, 2**16)
+# How many processes Slurm's srun, Open MPI's mpirun, or MPICH's and Intel MPI's has started.
+LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 FIND_HOST_S = 20  # DNS may not know a machine that has just started
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -28,14 +32,38 @@ def _number(name: str) -> int:
     return int(text)
 
 
+def _is_several(name: str) -> bool:
+    text = os.environ.get(name, "")
+    return text.isdecimal() and int(text) > 1
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes of a launcher that is not torchrun.
+
+    Tasks that a job may start, but has not, are only noted: a batch script asks for as many.
+    """
+    for name in filter(_is_several, LAUNCHED):
+        raise ValueError(
+            f"environment {name}={os.environ[name]}: so many processes were started, and each "
+            "would work alone; start one torchrun per node instead: `torchrun train.py ...`"
+        )
+    if _is_several("SLURM_NTASKS"):
+        warn(
+            f"note: one process works alone, though the job has SLURM_NTASKS="
+            f"{os.environ['SLURM_NTASKS']} tasks; `torchrun` would use more"
+        )
+
+
 def launch_facts() -> tuple[int, int, int]:
     """Return (rank, world size, local rank) as torchrun set them, or (0, 1, 0) without it.
 
     Raises:
-        ValueError: A variable is missing, is not a number, or RANK >= WORLD_SIZE.
+        ValueError: A variable is missing, is not a number, or RANK >= WORLD_SIZE; or srun or mpirun
+            started several processes without torchrun, which know nothing of each other.
     """
     missing = [name for name in FACTS if name not in os.environ]
     if len(missing) == len(FACTS):
+        _check_alone()
         return 0, 1, 0
     if missing:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Launching, meshes, seeds and decisions taken together."""
 
+import os
 import platform
 import socket
 import subprocess
@@ -63,6 +64,100 @@ def test_freed_memory_is_kept_on_a_cpu():
     by_default, kept = map(int, result.stdout.split())
     assert by_default > 20_000
     assert kept < 100
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """An environment that no launcher has touched."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", *launch.LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_srun_and_mpirun_do_not_start_four_runs_of_one_process(alone, capsys, name):
+    alone.setenv(name, "4")
+    assert train.main(["device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"environment {name}=4: so many processes were started, and each would work al" in error
+    assert error.count("\n") == 1
+    for variable, value in TORCHRUN.items():
+        alone.setenv(variable, value)
+    assert launch.launch_facts() == (0, 1, 0), "under torchrun they mean nothing"
+
+
+def test_one_process_of_a_slurm_job_with_more_tasks_says_that_it_is_alone(alone, capsys):
+    alone.setenv("SLURM_STEP_NUM_TASKS", "1")
+    alone.setenv("SLURM_NTASKS", "1")
+    assert launch.launch_facts() == (0, 1, 0)
+    assert capsys.readouterr().err == ""
+    alone.setenv("SLURM_NTASKS", "8")
+    assert launch.launch_facts() == (0, 1, 0)
+    said = capsys.readouterr().err
+    assert said.startswith("note: one process works alone, though the job has SLURM_NTASKS=8")
+
+
+def forget_home(monkeypatch):
+    """Become a user that a container has no entry for."""
+
+    def getpwuid(number):
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", getpwuid)
+
+
+def test_a_user_without_a_home_trains(ranks, monkeypatch, small_run, tmp_path):
+    forget_home(monkeypatch)
+    ranks(1, lambda world: train.train(small_run("training.steps=1"), world))
+    assert list((tmp_path / "run").glob("step_1_*"))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("~/x", "path ~/x: ~ is no folder: HOME is not set and the user is not in passwd"),
+        ("~no-such-user/x", "path ~no-such-user/x: ~no-such-user is no folder: no such user"),
+    ],
+)
+def test_a_home_that_is_not_there_is_one_line(alone, capsys, path, reason):
+    forget_home(alone)
+    assert train.main(["device=cpu", f'training.checkpoint.path="{path}"']) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+
+
+# What one finds on clusters, in containers and under cron; none of it is a reason not to train.
+JUNK = {
+    "TMPDIR": "/no/such/folder",
+    "OMP_NUM_THREADS": "abc",
+    "COLUMNS": "0",
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+    "LANG": "xx_XX",
+    "LC_ALL": "C",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "?",
+}
+
+
+@pytest.mark.slow
+def test_junk_in_the_environment_does_not_stop_a_run(alone, image_folder, tmp_path):
+    options = [
+        *("--config-name", "vit_tiny_patch8_64", "device=cpu", "model.vit.num_classes=3"),
+        *("model.vit.depth=1", "optimizer.warmup_steps=0", "training.steps=1"),
+        *(f"dataset.train.root={image_folder}", "dataset.train.batch_size=4"),
+        *(f"training.checkpoint.path={tmp_path}/run", "dataset.num_workers=1"),
+    ]
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    without_stdin = ["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, ROOT / "train.py", *options]
+    done = subprocess.run(
+        without_stdin, env=kept | JUNK, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training is complete: 1 steps" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_half_an_environment_is_refused(monkeypatch):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from options import compose
 from options.schema import Config, DistillationOptions
-from parallel.distributed import World
+from parallel.distributed import World, expand_home
 from parallel.terminal import warn
 from training import losses, network
 from training.run import Criterion, Run
@@ -88,7 +88,7 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, tuple[Rgb, Rgb]]:
             f"config distillation.teacher={name}: is neither a folder or file nor a model of timm"
         )
     checkpoint, num_classes = config.distillation.teacher_checkpoint, config.model.vit.num_classes
-    if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
+    if checkpoint is not None and not expand_home(checkpoint).is_file():
         raise ValueError(
             f"config distillation.teacher={name} with teacher_checkpoint={checkpoint}: cannot be "
             "loaded: no such file"
@@ -98,7 +98,7 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, tuple[Rgb, Rgb]]:
             model = timm.create_model(name, pretrained=True)
         else:
             model = timm.create_model(name, num_classes=num_classes)
-            load_checkpoint(model, str(Path(checkpoint).expanduser()), strict=True)
+            load_checkpoint(model, str(expand_home(checkpoint)), strict=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         where = f" with teacher_checkpoint={checkpoint}" if checkpoint else ""
@@ -107,7 +107,7 @@ def _of_timm(name: str, config: Config) -> tuple[nn.Module, tuple[Rgb, Rgb]]:
         ) from error
     about = dict(model.pretrained_cfg)
     if checkpoint is not None:  # timm reads the weights alone; an export of ours says more
-        about |= preprocessing.of_file(Path(checkpoint).expanduser())
+        about |= preprocessing.of_file(expand_home(checkpoint))
     return model, (about["mean"], about["std"])
 
 
@@ -121,7 +121,7 @@ def build_teacher(config: Config, world: World, *, classes: Sequence[str] = ()) 
     """
     d, data = config.distillation, config.dataset
     assert d.teacher is not None, "the options say so"
-    path, trained = Path(d.teacher).expanduser(), None
+    path, trained = expand_home(d.teacher), None
     own: tuple[Rgb, Rgb]
     if path.exists():
         if d.teacher_checkpoint is not None:

@@ -21,7 +21,7 @@ from images.index import ImageIndex, Split
 from images.reading import ImageReader
 from options.schema import Config, height_width
 from parallel import collectives
-from parallel.distributed import World
+from parallel.distributed import World, expand_home
 from training.run import Run
 
 
@@ -29,8 +29,8 @@ def data_root(config: Config) -> Path:
     """Return the dataset's folder."""
     data = config.dataset
     if data.path_env is None:
-        return Path(data.train.root).expanduser()
-    return roots.read_root(Path(data.path_env).expanduser(), data.name)
+        return expand_home(data.train.root)
+    return roots.read_root(expand_home(data.path_env), data.name)
 
 
 def _find_index(
@@ -38,7 +38,7 @@ def _find_index(
 ) -> ImageIndex:
     data = config.dataset
     roots.unpack_once(root, world)
-    folder = Path(data.index_folder).expanduser() if data.index_folder else None
+    folder = expand_home(data.index_folder) if data.index_folder else None
     # The other ranks wait in a collective while rank 0 takes fingerprints: stop well before it
     # times out.
     prints_s = 0 if data.duplicates == "ignore" else config.distributed.timeout_s / 2
@@ -59,7 +59,7 @@ def find_val_images(config: Config, world: World, *, trained: Sequence[str] = ()
         ValueError: They are not as many as the options say.
     """
     val_root = config.dataset.val.root
-    root = Path(val_root).expanduser() if val_root else data_root(config)
+    root = expand_home(val_root) if val_root else data_root(config)
     index = _find_index(config, root, "val", world, trained)
     image_index.check_count(index, config.dataset.val.images)
     return index

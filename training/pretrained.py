@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from options.schema import InitOptions
 from parallel import sharding
 from parallel.collectives import broadcast_or_raise, capture
+from parallel.distributed import expand_home
 from training.logbook import Logbook
 from training.run import Run
 from weights import formats, preprocessing, warm_start
@@ -124,7 +125,7 @@ def read(checkpoint: str, which: str | None = None, *, any_mode: bool = False) -
 
     `which` is "model" or "ema" where there are several weights; None: see weights.sources.Choice.
     """
-    path = Path(checkpoint).expanduser()
+    path = expand_home(checkpoint)
     if path.exists():
         source, second = _read_source(path, Choice(which, any_mode=any_mode))
         source.print_notes()

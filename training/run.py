@@ -16,7 +16,7 @@ from images.mixing import Eraser, Mixer
 from options import checks
 from options.schema import Config
 from parallel import sharding
-from parallel.distributed import World
+from parallel.distributed import World, expand_home
 from parallel.sharding import Shard
 from training import optim
 
@@ -47,7 +47,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Folder of the checkpoints and logs."""
-        return Path(self.config.training.checkpoint.path).expanduser()
+        return expand_home(self.config.training.checkpoint.path)
 
     @property
     def global_batch(self) -> int:
