@@ -42,6 +42,17 @@ SEAMS = {
 }
 # The last sets what a library reads.
 READS_ENVIRONMENT = ("parallel/distributed.py", "parallel/launch.py", "images/reading.py")
+# Their threads read files or pipes, or wait: before one joins them, look at what it runs in them.
+# Nothing that parses Python may, as Triton's compiler does: before CPython 3.11.8 two threads in
+# ast.parse make each other fail now and then (python/cpython #106905). Processes may.
+STARTS_THREADS = (
+    "data/pack.py",
+    "images/cache.py",
+    "images/duplicates.py",
+    "images/folders.py",
+    "weights/background.py",
+    "weights/verify.py",
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES = 450, 60, 14
 
 ROOT_FILES = sorted(ROOT.glob("*.py"))
@@ -103,6 +114,15 @@ def broken_seams(name, text):
         owners = SEAMS.get(module.partition(".")[0], (name,))
         if name not in owners:
             yield f"{name}:{line} imports {module}: only {owners[0]} may"
+
+
+def threads(name, text):
+    if name in STARTS_THREADS:
+        return
+    for node in ast.walk(ast.parse(text)):
+        called = getattr(node, "attr", getattr(node, "id", getattr(node, "name", "")))
+        if called in ("Thread", "ThreadPool", "ThreadPoolExecutor"):
+            yield f"{name}:{node.lineno} starts threads: see STARTS_THREADS"
 
 
 def long_files(name, text):
@@ -247,6 +267,9 @@ EXAMPLES = [
     (broken_seams, "from triton import jit", "from torch import jit"),
     (broken_seams, "importlib.import_module('wandb.x')", "f('wandb')"),
     (broken_seams, "importlib.import_module(f'megatron_fsdp.{x}')", "import_module(f'torch.{x}')"),
+    (threads, "with ThreadPoolExecutor(2): f()", "with ProcessPoolExecutor(2): f()"),
+    (threads, "from concurrent.futures import ThreadPoolExecutor as E", "import threading"),
+    (threads, "threading.Thread(target=f)", "threading.Event()"),
     (long_files, "x = 1\n" * 451, "x = 1\n" * 450),
     (long_files, "'Docs.'\n" + "x = 1\n" * 450, "'One idea: x.'\n" + "x = 1\n" * 450),
     (long_functions, "def f():\n" + "    g()\n" * 61, "def f():\n" + "    g()\n" * 60),
@@ -310,6 +333,12 @@ def test_product(guard):
 def test_no_test_imports_another():
     texts = [(relative(path), path.read_text("utf-8")) for path in TESTS]
     assert [fault for name, text in texts for fault in imports_of_tests(name, text)] == []
+
+
+def test_threads_are_started_only_where_what_they_run_is_known():
+    code = [(name, text) for name, text in texts() if name.endswith(".py")]
+    assert {name for name, _ in code} >= set(STARTS_THREADS)
+    assert [fault for name, text in code for fault in threads(name, text)] == []
 
 
 def test_median_function_is_short():
