@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from options import nvidia_names
 from options.printable import printable
 from options.schema import Config, walk
 from options.values import expected
@@ -45,7 +46,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def unknown_option(key: str) -> str:
-    """Return a message that there is no option `key`, with names like it."""
+    """Return a message that there is no option `key`, with its name here or names like it."""
+    if said := nvidia_names.hint(key):
+        return f"config {key}: {said}"
     options = [name for name, _, _ in walk(Config())]
     sections = sorted({name.rpartition(".")[0] for name in options} - {""})
     parent = key.rpartition(".")[0]
@@ -156,12 +159,18 @@ def _section(override: str, name: str, text: str) -> dict[str, object]:
 def parse_override(override: str) -> dict[str, object]:
     """Return {dotted name: value} of `name=value`, an option's or {...} of a section's options.
 
+    It is empty for what NVIDIA's recipe has as an option and always holds here.
+
     Raises:
         ValueError: It has no such form, the option does not exist, or the value is of another type.
     """
     name, equals, text = override.partition("=")
     if not equals or not _NAME.fullmatch(name):
         raise ValueError(f"config {override}: must be name=value of an option of options/schema.py")
+    translated = nvidia_names.ours(name, text)
+    if translated is None:
+        return {}
+    name, text = translated
     fields = {option: field for option, field, _ in walk(Config())}
     if name not in fields:
         return _section(override, name, text)

@@ -22,6 +22,7 @@ from options.checks import validate
 from options.command_line import given_tree, literal, unknown_option
 from options.recipe_files import check_recipe
 from options.schema import Config, walk
+from options.values import expected
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 
@@ -40,11 +41,17 @@ def _one_line(error: Exception) -> str:
     """Return OmegaConf's or Hydra's complaint in one line: field, value, what is allowed."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    if cause is None or not cause.full_key:
+        cause = cause.__cause__ or cause.__context__  # Hydra's is of no help, and hides it
+    if cause is None:
         return f"config: {' '.join(str(error).split())}"
-    key, first = str(cause.full_key), str(cause.msg).splitlines()[0]
-    return unknown_option(key) if first.startswith("Key ") else f"config {key}: {first}"
+    key, first = str(cause.full_key or ""), str(cause.msg).splitlines()[0]
+    if first.startswith("Key "):
+        return unknown_option(key)
+    if not key:
+        return f"config: a section's options must be set one by one, not all to a value: {first}"
+    fields = {name: field for name, field, _ in walk(Config())}
+    allowed = f"; must be {expected(fields[key])}" if key in fields else ""
+    return f"config {key}: {first}{allowed}"
 
 
 def _check_root(config: Config, overrides: list[str]) -> Config:
@@ -104,7 +111,9 @@ def compose(
         assert isinstance(merged, DictConfig), "as both are"
         _fit_warmup(composed, merged, given, note)
         config = OmegaConf.to_object(merged)
-    except (HydraException, OmegaConfBaseException) as error:
+    except HydraException as error:
+        raise ValueError(f"{_one_line(error)} (recipe {path})") from error
+    except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
     if not isinstance(config, Config):
         raise ValueError(f"config {path}: must begin with `defaults: [schema, _self_]`")

@@ -256,6 +256,24 @@ def test_a_hostile_recipe_is_one_line(tmp_path, content, part):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("training: {steps: x}", "config training.steps: Value 'x' of"),
+        ("training: {steps: null}", "must be a whole number"),
+        ("dataset: {class_filter: 3}", "must be a list of names"),
+        ("training: 3", "a section's options must be set one by one"),
+        ("trainin: {steps: 3}", "no such option (allowed: training"),
+        ("1: 2", "config 1: no such option"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_option_and_file(tmp_path, content, part):
+    (tmp_path / "mine.yaml").write_text(f"defaults: [schema, _self_]\n{content}\n")
+    with pytest.raises(ValueError, match=r"^config:? .*mine\.yaml\)$") as caught:
+        compose.compose("mine", [], config_dir=tmp_path)
+    assert part in str(caught.value)
+
+
 def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path):
     text = "\ufeffdefaults: [schema, _self_]\ntraining: {steps: 7}\n"
     (tmp_path / "mine.yaml").write_text(text, "utf-8")
