@@ -31,12 +31,14 @@ from tqdm import tqdm
 
 from images.cache import index_images
 from images.index import ImageIndex, Split
-from images.reading import PNG_MAGIC, ImageReader, UnreadableError, describe, rgb
+from images.reading import ImageReader, UnreadableError, describe, rgb, suffix_of_content
+from images.shards import ambiguous_line
 from options.command_line import Parser
 from parallel.terminal import show_result, warn
 
 QUALITY = 90
 SHARD_IMAGES = 2_000
+MAX_WORKERS = 1024
 STEM_LENGTH = 60  # a tar's old and plain kind of header has room for 100 characters
 
 
@@ -148,8 +150,9 @@ class Packer:
             stem = _plain(PurePosixPath(index.paths[image]).name.partition(".")[0])
             wnid = _plain(index.classes[index.labels[image]])
             key = f"{wnid}/{image:08d}_{stem}"  # WebDataset's keys must differ within a shard
-            yield f"{key}.{'png' if data.startswith(PNG_MAGIC) else 'jpg'}", data
-            yield f"{key}.cls", str(index.labels[image]).encode()
+            yield f"{key}{suffix_of_content(data)}", data
+            if ambiguous_line(index.classes) is None:  # else the folder alone is the class
+                yield f"{key}.cls", str(index.labels[image]).encode()
 
 
 def _plain(name: str) -> str:
@@ -193,6 +196,8 @@ def pack(
             f"{other} is not: --splits {other})"
         )
     index = index_images(root, split)
+    for note in index.notes:
+        warn(f"{split}: {index.root}: {note}")
     folder = out / f".{split}.part"
     folder.mkdir(parents=True, exist_ok=True)
     write_classes(out, index)
@@ -211,7 +216,9 @@ def _write_all(packer: Packer, *, workers: int, max_bad: int) -> int:
     """Write all shards; return how many images were left out."""
     if workers == 1:
         return _count(packer, map(packer.write, packer.numbers), max_bad=max_bad)
-    with ProcessPoolExecutor(workers, initializer=_take, initargs=(packer,)) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(packer.numbers)), initializer=_take, initargs=(packer,)
+    ) as pool:
         try:
             return _count(packer, pool.map(_write, packer.numbers), max_bad=max_bad)
         except BaseException:
@@ -264,8 +271,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-bad", type=int, help="images of a split to skip, at most; 128")
     arguments = parser.parse_args(argv)
     max_bad = 128 if arguments.max_bad is None else arguments.max_bad
-    if arguments.side < 0 or arguments.workers < 1 or max_bad < 0:
-        parser.error("--side and --max-bad must be at least 0, --workers at least 1")
+    if arguments.side < 0 or not 1 <= arguments.workers <= MAX_WORKERS or max_bad < 0:
+        parser.error(f"--side and --max-bad must be at least 0, --workers 1 to {MAX_WORKERS}")
     if arguments.on_error == "stop" and arguments.max_bad is not None:
         parser.error(f"--max-bad {max_bad}: has no effect without --on-error skip")
     try:

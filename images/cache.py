@@ -4,19 +4,22 @@
                     then with fingerprints, if they are asked for, as far as time allows
             -> its place and digest -> first rank of each node -> every rank: load -> ImageIndex
 
-The file is in `.moevit-index/` beside the images, or in ~/.cache/moevit if that is read-only. It is
-current as long as every watched file keeps its name, size and time. A digest in it is checked on
-reading; a damaged file is made again.
+The file is `<root>/.moevit-index-<split>-<key>.npz`, or in ~/.cache/moevit if that is read-only: a
+file, because a folder would be a class to others that read class folders. It is current if it is
+this user's or root's own, watches what the layout gives, and every watched file keeps its name,
+size and time. A digest in it is checked on reading; a damaged file is made again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import struct
 import time
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,22 +28,53 @@ from typing import NamedTuple
 
 import numpy as np
 
-from images import duplicates
+from images import duplicates, folders, shards
 from images.arrow import find_saved, index_saved
+from images.files import staging, sweep, untrusted_reason
 from images.folders import LAYOUTS, find_folder, index_folder
 from images.index import ImageIndex, Names, Split, check_names, wrong_root
 from images.shards import find_shards, index_shards
 from parallel import collectives
 from parallel.distributed import World
+from parallel.terminal import warn
 
-VERSION = 4
-FOLDER = ".moevit-index"
+VERSION = 5
+PREFIX = ".moevit-index"
 HOME_FOLDER = Path("~/.cache/moevit")
 SEPARATOR = "\0"  # no file name contains it
-TEXTS = ("layout", "classes", "split", "shards", "watched")
+TEXTS = ("layout", "classes", "split", "shards", "watched", "notes")
 NUMBERS = {"labels": "i", "sizes": "q", "shard_of": "i", "offsets": "q", "prints": "Q"}
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
+DAMAGED = (
+    *(OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, ArithmeticError),
+    *(SyntaxError, MemoryError, RecursionError, NotImplementedError, struct.error),
+    *(zlib.error, zipfile.BadZipFile),
+)
 STAT_THREADS = 16  # network file systems answer several requests at once
+
+
+class Layout(NamedTuple):
+    """How to index a split, its folder, and what shows whether that has to be done again."""
+
+    make: Callable[[], ImageIndex]
+    root: Path
+    watched: tuple[str, ...]
+
+
+def find_layout(root: Path, split: Split) -> Layout:
+    """Recognise the layout of a split; no image is looked at.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if saved := find_saved(root, split):
+        return Layout(partial(index_saved, saved, split), saved, (str(saved),))
+    if tars := find_shards(root, split):
+        top = tars[0].parent
+        return Layout(partial(index_shards, tars, split), top, shards.watched_files(top))
+    if folder := find_folder(root, split):
+        return Layout(partial(index_folder, folder, split), folder, folders.watched_files(folder))
+    problem = f"no folder {root / split}; allowed: {LAYOUTS}"
+    raise FileNotFoundError(wrong_root(root, split, problem))
 
 
 def index_images(root: Path, split: Split) -> ImageIndex:
@@ -53,15 +87,8 @@ def index_images(root: Path, split: Split) -> ImageIndex:
         ValueError: There is no image, a class is empty, annotations do not match the images, names
             of images contradict their labels, or a shard must not be read.
     """
-    if saved := find_saved(root, split):
-        index = index_saved(saved, split)
-    elif shards := find_shards(root, split):
-        index = index_shards(shards, split)
-    elif folder := find_folder(root, split):
-        index = index_folder(folder, split)
-    else:
-        problem = f"no folder {root / split}; allowed: {LAYOUTS}"
-        raise FileNotFoundError(wrong_root(root, split, problem))
+    layout = find_layout(root, split)
+    index = replace(layout.make(), watched=layout.watched)
     check_names(index)
     return index
 
@@ -129,8 +156,11 @@ def refresh(
     """
     ends = time.monotonic() + prints_s
     key = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    paths = [place / f"{split}-{key}.npz" for place in _places(root, folder)]
-    current, cached = _find_current(paths)
+    name = f"{split}-{key}.npz"
+    paths = _places(root, folder, name)
+    for path in paths:
+        sweep(path)
+    current, cached = _find_current(paths, find_layout(root, split))
     index = index_images(root, split) if current is None else current
     is_new, needs_prints = current is None, prints_s > 0 and duplicates.num_unknown(index) > 0
     if cached is not None and not needs_prints:
@@ -139,6 +169,7 @@ def refresh(
         # Before the fingerprints, so that an interruption loses only those, and so that none are
         # taken if there is no place to keep them.
         cached = _write_first(paths, index, is_new=is_new)
+        _remove_old(root / PREFIX, name)
         if needs_prints:
             index = replace(index, prints=duplicates.fingerprints(index, ends=ends))
             cached = _write_first(paths, index, is_new=is_new)
@@ -151,24 +182,49 @@ def refresh(
     return cached
 
 
-def _places(root: Path, folder: Path | None) -> list[Path]:
+def _places(root: Path, folder: Path | None, name: str) -> list[Path]:
     """Return where an index may be kept: in `folder` alone, or with the data or in the home."""
     if folder:
-        return [folder]
+        return [folder / name]
+    beside = root / f"{PREFIX}-{name}"
     try:
-        return [root / FOLDER, HOME_FOLDER.expanduser()]
+        return [beside, HOME_FOLDER.expanduser() / name]
     except RuntimeError:  # a user without a home; the data's folder will do, or the error says so
-        return [root / FOLDER]
+        return [beside]
 
 
-def _find_current(paths: Sequence[Path]) -> tuple[ImageIndex | None, Cached | None]:
+def _find_current(paths: Sequence[Path], layout: Layout) -> tuple[ImageIndex | None, Cached | None]:
     """Return the current index with the most fingerprints, if there is one, and its place."""
-    found = [
-        (kept[0], Cached(path, kept[1]["identity"], is_new=False))
-        for path in paths
-        if (kept := _read(path)) and kept[1]["state"] == _state(kept[0].watched)
-    ]
+    found = []
+    state = None
+    for path in filter(_is_trusted, paths):
+        kept = _read(path)
+        # What it says about itself proves nothing: it may be of another dataset.
+        if kept is None or (kept[0].root, kept[0].watched) != (layout.root, layout.watched):
+            continue
+        state = state or _state(layout.watched)
+        if kept[1]["state"] == state:
+            found.append((kept[0], Cached(path, kept[1]["identity"], is_new=False)))
     return min(found, key=lambda one: duplicates.num_unknown(one[0]), default=(None, None))
+
+
+def _is_trusted(path: Path) -> bool:
+    """Return whether an index is there and this user's own; say so if it is another's."""
+    try:
+        reason = untrusted_reason(path.lstat())
+    except OSError:
+        return False
+    if reason:
+        warn(f"data: index {path}: is not used, it {reason}")
+    return reason is None
+
+
+def _remove_old(folder: Path, name: str) -> None:
+    """Remove the index of an earlier version, whose folder looks like a class to others."""
+    if not folder.is_symlink():
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+            folder.rmdir()  # unless it holds more
 
 
 def _write_first(paths: Sequence[Path], index: ImageIndex, *, is_new: bool) -> Cached:
@@ -227,29 +283,59 @@ def _digest(arrays: Mapping[str, np.ndarray], header: Mapping[str, object]) -> s
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with staged.open("wb") as sink:
-            np.savez(sink, allow_pickle=False, **arrays)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        owner = path.lstat().st_uid
+        if owner not in (os.geteuid(), 0):  # each would replace the other's at every start
+            raise PermissionError(f"{path} belongs to user {owner}")
+    with staging(path) as staged:
+        np.savez(staged.sink, allow_pickle=False, **arrays)
+        staged.sink.flush()
+        staged.path.replace(path)
+        if reason := untrusted_reason(path.lstat()):  # on a mount with owners or modes of its own
+            path.unlink()
+            raise PermissionError(f"what is written to {path.parent} {reason}")
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an index, which take no more memory than the file has bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
+        members = zipfile.ZipFile(file).infolist()
+        is_plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not is_plain or sum(member.file_size for member in members) > size:
+            raise ValueError("is larger than its file")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
 
 
 def _read(path: Path) -> tuple[ImageIndex, dict] | None:
     """Return the index and its header, None if the file is missing or damaged."""
-    if not path.is_file():
-        return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = _load_arrays(path)
         header = json.loads(arrays.pop("header").tobytes())
         digest = header.pop("digest")
         if header["version"] != VERSION or _digest(arrays, header) != digest:
             return None
-        return _index(arrays, header), header
+        index = _index(arrays, header)
+        return (index, header) if _is_whole(index) else None
     except DAMAGED:
         return None
+
+
+def _is_whole(index: ImageIndex) -> bool:
+    """Return whether every number is one of a class, a shard or a place in a file."""
+    count, in_shards = len(index), len(index) if index.shards else 0
+    lengths = [len(index.labels), len(index.sizes), len(index.shard_of), len(index.offsets)]
+    numbers = [*zip(index.labels, index.sizes, strict=True)] if count else []
+    places = [*zip(index.shard_of, index.offsets, strict=True)]
+    return (
+        lengths == [count, count, in_shards, in_shards]
+        and len(index.prints) in (0, count)
+        and all(0 <= label < len(index.classes) and size >= 0 for label, size in numbers)
+        and all(0 <= shard < len(index.shards) and offset >= 0 for shard, offset in places)
+    )
 
 
 def _index(arrays: Mapping[str, np.ndarray], header: Mapping) -> ImageIndex:
@@ -265,6 +351,7 @@ def _index(arrays: Mapping[str, np.ndarray], header: Mapping) -> ImageIndex:
         split=header["split"],
         shards=tuple(header["shards"]),
         watched=tuple(header["watched"]),
+        notes=tuple(map(str, header["notes"])),
         **found,
     )
 
@@ -280,6 +367,15 @@ def find_index(
     Raises:
         ValueError, OSError: On every rank, if any of them cannot index the images.
     """
+    index = _find_index(root, split, world, folder=folder, prints_s=prints_s)
+    for note in index.notes if world.is_main else ():
+        warn(f"data {split}: {index.root}: {note}")
+    return index
+
+
+def _find_index(
+    root: Path, split: Split, world: World, *, folder: Path | None, prints_s: float
+) -> ImageIndex:
     make = partial(refresh, root, split, folder=folder, prints_s=prints_s)
     first = collectives.broadcast_or_raise(collectives.capture(make) if world.is_main else None)
     mine = None

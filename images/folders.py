@@ -21,8 +21,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from images.index import ImageIndex, Names, Split, wrong_root
+from images.files import read_text
+from images.index import (
+    ImageIndex,
+    Names,
+    Split,
+    first_twice,
+    suffix_of,
+    unused_note,
+    wrong_root,
+)
+from images.reading import IMAGE_SUFFIXES, SIDE_SUFFIXES
 
 ANNOTATIONS = "val_annotations.txt"
 SOLUTION = "LOC_val_solution.csv"
@@ -39,6 +50,7 @@ XML_FILE = re.compile(r"<filename>\s*([^<\s]+)")
 XML_CLASS = re.compile(r"<object>\s*<name>\s*([^<\s]+)")
 MAX_XML_BYTES = 1 << 20
 MAX_META_BYTES = 4 << 20  # compressed; zlib makes up to a thousand times as many of them
+MAX_DIGITS = 9  # of a class's number
 XML_THREADS = 16
 SOURCES = (SOLUTION, XML_FOLDER, GROUND_TRUTH, META)
 PARENTS = 4  # from Data/CLS-LOC/val up to the folder of Kaggle's LOC_val_solution.csv
@@ -51,31 +63,60 @@ def subfolders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _images(folder: Path) -> dict[str, int]:
-    """Return name -> bytes of the images in a folder, sorted by name."""
-    if not folder.is_dir():
-        return {}
+class Listing(NamedTuple):
+    """The images in a folder (name -> bytes), and the files that are neither images nor labels."""
+
+    images: dict[str, int]
+    others: list[str]
+
+
+def _files(folder: Path) -> Listing:
+    """List the files in a folder; hidden ones are ignored.
+
+    Raises:
+        ValueError: A link leads nowhere, or what has an image's name is no file.
+    """
+    found = Listing({}, [])
     with os.scandir(folder) as entries:
-        found = {
-            entry.name: entry.stat().st_size
-            for entry in entries
-            if entry.name.lower().endswith((".jpeg", ".jpg", ".png"))
-            and not entry.name.startswith(".")
-            and entry.is_file()
-        }
-    return dict(sorted(found.items()))
+        for entry in entries:
+            suffix = suffix_of(entry.name)
+            is_image = suffix in IMAGE_SUFFIXES
+            if entry.name.startswith(".") or suffix in SIDE_SUFFIXES or entry.is_dir():
+                continue
+            if entry.is_symlink() and not entry.is_file():
+                target = Path(entry.path).readlink()
+                raise ValueError(f"link {entry.path}: leads to {target}, which does not exist")
+            if is_image and not entry.is_file():
+                raise ValueError(f"image {entry.path}: is not a plain file")
+            if is_image:
+                found.images[entry.name] = entry.stat().st_size
+            else:
+                found.others.append(entry.name)
+    return found
 
 
-def _images_below(folder: Path, above: tuple[Path, ...] = ()) -> dict[str, int]:
-    """Return relative path -> bytes of the images anywhere below a folder, sorted."""
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Listing:
+    """List the files anywhere below a folder by their relative paths; images are sorted."""
     real = folder.resolve()
     if real in above:
         raise ValueError(f"folder {folder}: links back to {real}, which contains it")
-    found = _images(folder)
+    images, others = _files(folder)
     for name in subfolders(folder):
-        inner = _images_below(folder / name, (*above, real))
-        found |= {f"{name}/{path}": size for path, size in inner.items()}
-    return dict(sorted(found.items()))
+        inner = _files_below(folder / name, (*above, real))
+        images |= {f"{name}/{path}": size for path, size in inner.images.items()}
+        others += [f"{name}/{path}" for path in inner.others]
+    return Listing(dict(sorted(images.items())), others)
+
+
+def _split_off(listing: Listing, inner: str) -> tuple[dict[str, int], list[str]]:
+    """Return the images right in the folder `inner` (name -> bytes), and all other files."""
+    used, unused = {}, list(listing.others)
+    for path, size in listing.images.items():
+        if path.rpartition("/")[0] == inner.rstrip("/"):
+            used[path.removeprefix(inner)] = size
+        else:
+            unused.append(path)
+    return used, unused
 
 
 def find_folder(root: Path, split: Split) -> Path | None:
@@ -96,17 +137,28 @@ def index_folder(folder: Path, split: Split) -> ImageIndex:
     """
     if (folder / "images").is_dir():
         return _index_annotated(folder, split)
-    if subfolders(folder) or not _images(folder):
+    if subfolders(folder) or not _files(folder).images:
         return _index_class_folders(folder, split)
     return _index_flat(folder, split)
+
+
+def watched_files(folder: Path) -> tuple[str, ...]:
+    """Return what shows whether an index of the folder is out of date: it, and its labels."""
+    is_flat = not subfolders(folder)
+    labels = [place / name for place in _places(folder) for name in SOURCES] if is_flat else []
+    return (str(folder), *map(str, labels))
 
 
 def _index_class_folders(folder: Path, split: Split) -> ImageIndex:
     classes = subfolders(folder)
     is_tiny = bool(classes) and (folder / classes[0] / "images").is_dir()
     inner = "images/" if is_tiny else ""
-    listed = _images if is_tiny else _images_below
-    found = {wnid: listed(folder / wnid / inner) for wnid in classes}
+    beside = _files(folder)
+    found, unused = {}, [*beside.images, *beside.others]
+    for wnid in classes:
+        listing = _files_below(folder / wnid)
+        found[wnid], rest = _split_off(listing, inner) if is_tiny else listing
+        unused += [f"{wnid}/{path}" for path in rest]
     if not all(found.values()) or not classes:
         empty = next((f"class folder {wnid}/{inner}" for wnid in classes if not found[wnid]), "")
         problem = f"{empty or 'it'} holds no images; allowed: {LAYOUTS}"
@@ -120,18 +172,16 @@ def _index_class_folders(folder: Path, split: Split) -> ImageIndex:
         classes=tuple(classes),
         split=split,
         sizes=array("q", (size for wnid in classes for size in found[wnid].values())),
-        watched=(str(folder),),
+        notes=unused_note(unused),
     )
 
 
 def _index_annotated(folder: Path, split: Split) -> ImageIndex:
-    sizes = _images(folder / "images")
+    sizes, unused = _split_off(_files_below(folder), "images/")
     wnid_of = _read_annotations(folder, split)
     if not sizes:
         raise ValueError(wrong_root(folder, split, f"images/ holds no images: {LAYOUTS}"))
-    for name in sorted(wnid_of.keys() ^ sizes.keys()):
-        what = "is missing in images/" if name in wnid_of else f"is not in {ANNOTATIONS}"
-        raise ValueError(wrong_root(folder, split, f"image {name} {what}; they must match"))
+    notes = _match(folder, split, wnid_of, list(sizes), source=ANNOTATIONS)
     wnids = [wnid_of[name] for name in sizes]
     return _with_train_classes(
         folder,
@@ -141,7 +191,28 @@ def _index_annotated(folder: Path, split: Split) -> ImageIndex:
         wnids=wnids,
         inner="images/",
         source=folder / ANNOTATIONS,
+        notes=notes + unused_note(unused),
     )
+
+
+def _match(
+    folder: Path, split: Split, labels: Labels, names: Sequence[str], *, source: Path | str
+) -> tuple[str, ...]:
+    """Return what to say about labels without an image, which a part of a dataset has.
+
+    Raises:
+        ValueError: An image has no label.
+    """
+    missing = [name for name in names if name not in labels]
+    spare = sorted(labels.keys() - set(names))
+    without = f"{len(spare)} of {len(labels)} labels in {source} are of no image there"
+    if missing:
+        problem = (
+            f"image {missing[0]} is not in {source}, as {len(missing)} of {len(names)} images, "
+            f"and {without}"
+        )
+        raise ValueError(wrong_root(folder, split, problem))
+    return (f"{without} (the first: {spare[0]!r})",) if spare else ()
 
 
 def _with_train_classes(
@@ -153,7 +224,7 @@ def _with_train_classes(
     wnids: Sequence[str],
     inner: str,
     source: Path,
-    watched: Sequence[Path] = (),
+    notes: tuple[str, ...],
 ) -> ImageIndex:
     # The training folder beside it knows all classes; without one the annotations define them.
     train = folder.parent / "train"
@@ -170,7 +241,7 @@ def _with_train_classes(
         classes=tuple(classes),
         split=split,
         sizes=array("q", sizes.values()),
-        watched=(str(folder), *map(str, watched)),
+        notes=notes,
     )
 
 
@@ -179,10 +250,10 @@ def _read_annotations(folder: Path, split: Split) -> dict[str, str]:
         problem = f"images/ needs {ANNOTATIONS} beside it; allowed: {LAYOUTS}"
         raise FileNotFoundError(wrong_root(folder, split, problem))
     wnid_of: dict[str, str] = {}
-    lines = (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines()
+    lines = read_text(folder / ANNOTATIONS).splitlines()
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")  # file name, wnid, then a bounding box that is not needed here
-        if len(fields) < 2 or fields[0] in wnid_of:
+        if len(fields) < 2 or not all(fields[:2]) or fields[0] in wnid_of:
             problem = f"{ANNOTATIONS} line {number} must be a new file name, a tab and a class"
             raise ValueError(wrong_root(folder, split, problem))
         wnid_of[fields[0]] = fields[1]
@@ -195,7 +266,8 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _index_flat(folder: Path, split: Split) -> ImageIndex:
-    sizes = _images(folder)
+    sizes, unused = _files(folder)
+    sizes = dict(sorted(sizes.items()))
     stems = [Path(name).stem for name in sizes]
     found = list(_sources(folder, split, stems))
     if not found:
@@ -205,12 +277,9 @@ def _index_flat(folder: Path, split: Split) -> ImageIndex:
         )
         raise FileNotFoundError(wrong_root(folder, split, problem))
     (source, wnid_of), *others = found
-    if len(set(stems)) != len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
+    if (twice := first_twice(stems)) is not None:
         raise ValueError(wrong_root(folder, split, f"two images are named {twice}"))
-    for stem in sorted(wnid_of.keys() ^ set(stems)):
-        what = "is not among the images" if stem in wnid_of else f"is not in {source}"
-        raise ValueError(wrong_root(folder, split, f"image {stem} {what}; they must match"))
+    notes = _match(folder, split, wnid_of, stems, source=source)
     for other, theirs in others:
         _check_agree(folder, split, (source, wnid_of), (other, theirs))
     return _with_train_classes(
@@ -221,7 +290,7 @@ def _index_flat(folder: Path, split: Split) -> ImageIndex:
         wnids=[wnid_of[stem] for stem in stems],
         inner="",
         source=source,
-        watched=[place / name for place in _places(folder) for name in SOURCES],
+        notes=notes + unused_note(unused),
     )
 
 
@@ -240,7 +309,7 @@ def _sources(folder: Path, split: Split, stems: Sequence[str]) -> Iterator[tuple
             yield place / XML_FOLDER, _from_xml(place / XML_FOLDER, folder, split, stems)
             is_first = False
         if (place / GROUND_TRUTH).is_file():
-            lines = (place / GROUND_TRUTH).read_text("utf-8").split()
+            lines = read_text(place / GROUND_TRUTH).split()
             if is_first or len(lines) == len(stems):
                 yield place / GROUND_TRUTH, _from_ground_truth(place, folder, split, stems, lines)
                 is_first = False
@@ -263,9 +332,18 @@ def _check_agree(
 
 
 def _from_solution(file: Path) -> Labels:
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = [row for row in csv.reader(lines) if row and row[0] != "ImageId"]
-    return {row[0]: row[1].split(" ")[0] for row in rows if len(row) > 1}
+    try:
+        rows = [row for row in csv.reader(read_text(file).splitlines()) if row]
+    except csv.Error as err:
+        raise ValueError(f"{file}: is not a table of ImageId,PredictionString ({err})") from err
+    labels: Labels = {}
+    for number, row in enumerate(rows, start=1):
+        if row[0] == "ImageId":
+            continue
+        wnid = row[1].split(" ")[0] if len(row) > 1 else ""
+        if not wnid or labels.setdefault(row[0], wnid) != wnid:
+            raise ValueError(f"{file}: row {number} must be a new image and its class")
+    return labels
 
 
 def _from_xml(annotations: Path, folder: Path, split: Split, stems: Sequence[str]) -> Labels:
@@ -303,15 +381,19 @@ def _from_ground_truth(
         problem = f"has {len(stems)} images, {file} has {len(lines)} lines"
         raise ValueError(wrong_root(folder, split, problem))
     _check_numbers(file, folder, split, stems)
-    if not all(line.isdecimal() for line in lines):
+    numbers = [line for line in lines if line.isdecimal()]
+    if 0 < len(numbers) < len(lines):  # are "7" and "cat" ids, or is 7 a number of the devkit's?
+        problem = f"{file} has both numbers and ids, as {numbers[0]}; it must have one kind"
+        raise ValueError(wrong_root(folder, split, problem))
+    if not numbers:
         return dict(zip(stems, lines, strict=True))
     if not (place / META).is_file():
         problem = f"{file} has the devkit's numbers, which need its {META} beside it"
         raise FileNotFoundError(wrong_root(folder, split, problem))
     wnid_of = _read_wnids(place / META)
     for number, line in enumerate(lines, start=1):
-        if int(line) not in wnid_of:
-            problem = f"{GROUND_TRUTH} line {number}: {line} is not in {META}"
+        if len(line) > MAX_DIGITS or int(line) not in wnid_of:
+            problem = f"{GROUND_TRUTH} line {number}: {line[:MAX_DIGITS]} is not in {META}"
             raise ValueError(wrong_root(folder, split, problem))
     return {stem: wnid_of[int(line)] for stem, line in zip(stems, lines, strict=True)}
 

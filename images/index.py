@@ -9,6 +9,7 @@ read or decoded here.
 import hashlib
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Literal, overload
 from parallel.seeds import stable_seed
 
 Split = Literal["train", "val"]
+SHOWN_KINDS = 5  # of files that are not used
 WNID = re.compile(r"n\d+")
 WNID_IN_NAME = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
@@ -65,7 +67,7 @@ class ImageIndex:
     With `shards` (files below `root`), image i is the `sizes[i]` bytes from `offsets[i]` on in
     `shards[shard_of[i]]`, and its path is only a name. `watched` are the files and folders whose
     state shows whether the index is out of date. `prints` are the fingerprints of duplicates.py,
-    if they were asked for.
+    if they were asked for. `notes` say what is in the dataset and not in the index.
     """
 
     root: Path
@@ -80,6 +82,7 @@ class ImageIndex:
     offsets: array = field(default_factory=lambda: array("q"))
     watched: tuple[str, ...] = ()
     prints: array = field(default_factory=lambda: array("Q"))
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -234,8 +237,36 @@ def ordered_classes(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: A name is listed twice.
     """
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if list(names).count(name) > 1)
+    if (twice := first_twice(names)) is not None:
         raise ValueError(f"class {twice!r} is listed twice")
+    if "" in names:
+        raise ValueError(f"line {names.index('') + 1} is empty")
     is_wnids = all(WNID.fullmatch(name) for name in names)
     return tuple(sorted(names) if is_wnids else names)
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file's name in lower case, with its dot."""
+    stem, dot, rest = name.rpartition(".")
+    return f".{rest.lower()}" if dot and stem else ""
+
+
+def unused_note(names: Iterable[str]) -> tuple[str, ...]:
+    """Say how many files are there and not used, with the first one of each suffix."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(suffix_of(name), []).append(name)
+    if not kinds:
+        return ()
+    shown = [
+        f"{len(found)} {suffix or 'without a suffix'} (the first: {found[0]!r})"
+        for suffix, found in sorted(kinds.items())[:SHOWN_KINDS]
+    ]
+    more = [f"{len(kinds) - SHOWN_KINDS} other kinds"] * (len(kinds) > SHOWN_KINDS)
+    count = sum(map(len, kinds.values()))
+    return (f"{count} files that are no images read here are not used: {', '.join(shown + more)}",)

@@ -4,8 +4,9 @@
     Encoded -> rgb | rgb_of_box -> pixels_HWC
 
 JPEGs go through Pillow or nvImageCodec, which give the same bits, since both use libjpeg-turbo;
-Pillow has the last word on whatever nvImageCodec refuses. Alpha and EXIF rotation are ignored. An
-image that cannot be read is an UnreadableError; `describe` names the image, its class and number.
+Pillow has the last word on whatever nvImageCodec refuses, and decodes the other formats. Alpha and
+EXIF rotation are ignored, and so are all pages or frames but the first. An image that cannot be
+read is an UnreadableError; `describe` names the image, its class and number.
 Not here: resizing, torch.
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError, features
 
 from images.index import ImageIndex
 
@@ -38,16 +39,35 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 # RGB pixels of this many take 192 MB; a PNG of 9000 x 9000 can be a file of 236 kB.
 MAX_IMAGE_PIXELS = 64_000_000
 SCALES = (8, 4, 2)  # libjpeg can leave out whole octaves of a block's frequencies
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    **({"AVIF": (".avif",)} if features.check("avif") else {}),
+}
+FORMATS = tuple(SUFFIXES)
+IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+# Text and labels beside images, which nobody expects to be read as images.
+SIDE_SUFFIXES = (*".txt .csv .tsv .json .xml .yaml .yml .md .html .log .mat .cls .npy".split(),)
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags
+# Others are decoded to RGB by clipping them: 32 bits and floating point have no range of their own.
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8"
 END_OF_IMAGE = b"\xff\xd9"
 SEARCHED_BYTES = 1024
 SHOWN_BYTES = 16
 # What Pillow raises for damaged files; SyntaxError stands for a broken PNG chunk.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError),
+    *(TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError),
+)
 NVIMGCODEC, LIBJPEG_TURBO = "nvidia.nvimgcodec", "extensions/libjpeg_turbo_ext.so*"
 EXTENSIONS, VERBOSITY = "NVIMGCODEC_EXTENSIONS_PATH", "PYNVIMGCODEC_VERBOSITY"
 BITS = 8  # of a channel
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # loaders already have a process per core
 MAX_IMAGE_BYTES = 256 << 20
 OPEN_SHARDS = 64
 # Errors of a network file system that may pass; all others are final.
@@ -174,7 +194,7 @@ def read_header(data: bytes, *, decoder: str = "pillow", is_scaled: bool = False
     """Return `data` with its size; `is_scaled` allows decoding a JPEG at a fraction of its size.
 
     Raises:
-        UnreadableError: It is not a JPEG or PNG, or has too many pixels.
+        UnreadableError: It is of no known format, or has too many pixels.
     """
     if not data:
         raise UnreadableError("empty")
@@ -190,8 +210,10 @@ def _image_size(data: bytes) -> tuple[int, int]:
     if data.startswith(PNG_MAGIC) and len(data) > 24:  # Pillow would warn about a large one
         return struct.unpack(">II", data[16:24])
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with _open(data) as image:
             return image.size
+    except UnreadableError:
+        raise
     except Image.DecompressionBombError as err:
         raise UnreadableError(f"has too many pixels, at most {MAX_IMAGE_PIXELS:,}") from err
     except DAMAGED as err:
@@ -200,7 +222,7 @@ def _image_size(data: bytes) -> tuple[int, int]:
 
 def _reason(data: bytes, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"is not a JPEG or PNG, begins with {data[:SHOWN_BYTES]!r}"
+        return f"is not a {' or '.join(FORMATS)}, begins with {data[:SHOWN_BYTES]!r}"
     return "truncated" if "truncated" in str(error) else f"damaged: {error}"
 
 
@@ -244,15 +266,41 @@ def _scale(source: Encoded, box: Box, *, at_least: tuple[int, int]) -> int:
 
 def _decode_by_pillow(data: bytes, *, scale: int = 1) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with _open(data) as image:
             if scale > 1:  # nvImageCodec has no scaled decode
                 image.draft("RGB", (image.width // scale, image.height // scale))
-            if image.mode.startswith("I"):  # 16-bit grey: convert() would clip, not scale
+            if image.mode.startswith("I;16"):  # grey: convert() would clip, not scale
                 grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return np.array(grey.convert("RGB"))
+            if image.mode not in MODES:
+                raise UnreadableError(
+                    f"has pixels of mode {image.mode}, which are not 8-bit color or grey"
+                )
             return np.array(image.convert("RGB"))
+    except UnreadableError:
+        raise
     except (*DAMAGED, Image.DecompressionBombError) as err:
         raise UnreadableError(_reason(data, err)) from err
+
+
+def _open(data: bytes | bytearray) -> Image.Image:
+    """Open an image; nothing is decoded yet.
+
+    Raises:
+        UnreadableError: A tile is larger than an image may be, and would be decoded as a whole.
+    """
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)
+    if tile > MAX_IMAGE_PIXELS:
+        raise UnreadableError(f"has tiles of {tile:,} pixels, at most {MAX_IMAGE_PIXELS:,}")
+    return image
+
+
+def suffix_of_content(data: bytes | bytearray) -> str:
+    """Return the suffix, with its dot, of an image that `read_header` has read."""
+    with _open(data) as image:
+        return SUFFIXES.get(image.format or "", SUFFIXES["JPEG"])[0]  # MPO is a JPEG, too
 
 
 class ImageReader:
@@ -336,10 +384,10 @@ def describe(index: ImageIndex, image: int, reason: str) -> str:
 
 
 def decode_rgb(path: Path) -> Image.Image:
-    """Decode a JPEG or PNG of any mode to 8-bit RGB.
+    """Decode an image file of any known format to 8-bit RGB.
 
     Raises:
-        UnreadableError: It is neither, is damaged, or is too large.
+        UnreadableError: It is of no known format, is damaged, or is too large.
     """
     return Image.fromarray(rgb(read_header(path.read_bytes())))
 

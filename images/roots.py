@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
+import struct
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
 
 import yaml
 
+from images.files import read_text, staging, sweep
 from parallel import collectives, distributed
 from parallel.distributed import World
 
 ROOTS_KEY = "dataset_roots"
+STR_TAG = "tag:yaml.org,2002:str"
+MAX_PATH_ENV_BYTES = 64 << 10
 ARCHIVE_MARKER = ".archive-sha256"
 # The bundled archives: another file of such a name is a damaged download, or somebody else's.
 PINNED_SHA256 = {
@@ -28,6 +31,7 @@ PINNED_SHA256 = {
 }
 MAX_MEMBERS = 100_000
 MAX_UNPACKED_BYTES = 1 << 30
+MAX_HEADER_BYTES = 1 << 20  # of the long names and extra fields before a member
 
 
 def read_root(path: Path, name: str | None) -> Path:
@@ -45,22 +49,38 @@ def read_root(path: Path, name: str | None) -> Path:
     where = f"config dataset.path_env={path}"
     if not path.is_file():
         raise FileNotFoundError(f"{where}: not found")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        # Not `from error`: its text quotes the file.
-        raise ValueError(f"{where}: is not YAML{line}") from None
-    roots = content.get(ROOTS_KEY) if isinstance(content, dict) else None
-    if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
-        raise ValueError(f"{where}: must have {ROOTS_KEY}: with lines of name: folder")
+    roots = _read_roots(path, where)
     if name not in roots:
         raise ValueError(f"config dataset.name={name}: must be one of {', '.join(roots)} in {path}")
     try:
         return distributed.expand_path(roots[name])
     except ValueError as error:
         raise ValueError(f"{where}: {ROOTS_KEY}.{name}: {error}") from error
+
+
+def _read_roots(path: Path, where: str) -> dict[str, str]:
+    """Return name -> folder as they are typed.
+
+    Only these lines are looked at, as nodes: other values may be secrets, or aliases of aliases
+    that take all memory once they are built.
+    """
+    try:
+        top = yaml.compose(read_text(path, limit=MAX_PATH_ENV_BYTES), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        # Not `from error`: its text quotes the file.
+        raise ValueError(f"{where}: is not YAML{line}") from None
+    found = [value for key, value in _pairs(top) if key.value == ROOTS_KEY]
+    lines = [pair for value in found for pair in _pairs(value)]
+    texts = [value.tag for key, value in lines if isinstance(key, yaml.ScalarNode)]
+    if not texts or len(lines) != len(texts) or set(texts) - {STR_TAG}:
+        raise ValueError(f"{where}: must have {ROOTS_KEY}: with lines of name: folder")
+    return {key.value: value.value for key, value in lines}
+
+
+def _pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
 
 
 def unpack_once(root: Path, world: World) -> None:
@@ -86,26 +106,28 @@ def unpack_archive(root: Path) -> bool:
     archive = root.with_name(f"{root.name}.tar.gz")
     if not archive.is_file():
         return False
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    sweep(root)
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != PINNED_SHA256.get(archive.name, found):
         raise ValueError(
             f"archive {archive}: is not the published one, fetch it again (its SHA-256 is {found})"
         )
     if root.exists():
         marker = root / ARCHIVE_MARKER
-        if marker.is_file() and marker.read_text() != found:
+        if marker.is_file() and read_text(marker) != found:
             raise ValueError(
                 f"archive {archive}: {root} was unpacked from another one; delete that folder"
             )
         return False
     # Processes may race and be killed, so a folder beside `root` is renamed once it is complete.
-    # Its random ending keeps two containers apart that share a disk and see the same process id.
-    prefix = f".{root.name}.staging-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=root.parent) as staging:
-        _extract(archive, Path(staging), top=root.name)
-        (Path(staging) / root.name / ARCHIVE_MARKER).write_text(found)
+    with staging(root) as staged:
+        staged.folder.mkdir()
+        _extract(archive, staged.folder, top=root.name)
+        unpacked = staged.folder / root.name
+        (unpacked / ARCHIVE_MARKER).write_text(found)
         try:
-            (Path(staging) / root.name).rename(root)
+            unpacked.rename(root)
         except OSError:
             if not root.is_dir():
                 raise
@@ -113,22 +135,25 @@ def unpack_archive(root: Path) -> bool:
         return True
 
 
-def _extract(archive: Path, staging: Path, *, top: str) -> None:
+def _extract(archive: Path, folder: Path, *, top: str) -> None:
     try:
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            tar.extractall(staging, members=_checked(tar, archive, top=top), filter="data")
+        with (
+            gzip.open(archive) as stream,
+            open_tar(stream) as tar,
+        ):
+            tar.extractall(folder, members=_checked(tar, archive, top=top), filter="data")
             while stream.read(1 << 20):  # gzip compares its checksum only at the very end
                 continue
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as err:
         raise ValueError(f"archive {archive}: damaged, fetch it again ({err})") from err
-    if not (staging / top).is_dir():
+    if not (folder / top).is_dir():
         raise ValueError(f"archive {archive}: must hold a folder named {top}")
 
 
 def _checked(tar: tarfile.TarFile, archive: Path, *, top: str) -> Iterator[tarfile.TarInfo]:
     """Yield each member before it is extracted; the filter "data" would let links through."""
     num_bytes = 0
-    for number, member in enumerate(tar, start=1):
+    for number, member in enumerate(members_of(tar), start=1):
         num_bytes += member.size
         rule = None
         if not (is_harmless(member) and PurePosixPath(member.name).parts[:1] == (top,)):
@@ -147,3 +172,41 @@ def is_harmless(member: tarfile.TarInfo) -> bool:
     is_plain_name = "\\" not in member.name and member.name.isprintable()
     is_plain = (member.isdir() or member.isreg()) and not member.mode & 0o6000  # set user or group
     return is_below and is_plain_name and is_plain
+
+
+class HeaderReader:
+    """A tar's file for `tarfile`, which takes memory for as many bytes as a header claims."""
+
+    def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Read a header, or a piece of a member."""
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return self._file.read(size)
+
+
+def open_tar(file: BinaryIO | gzip.GzipFile) -> tarfile.TarFile:
+    """Open an uncompressed tar whose headers take little memory, whatever they claim."""
+    return tarfile.open(fileobj=cast("BinaryIO", HeaderReader(file)), mode="r:")
+
+
+def members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar opened with a HeaderReader; none is kept.
+
+    Raises:
+        tarfile.ReadError: A header is damaged in any way.
+    """
+    while True:
+        try:
+            member = tar.next()
+        except (ValueError, LookupError, ArithmeticError, RecursionError, struct.error) as err:
+            raise tarfile.ReadError(f"a header is damaged: {err}") from err
+        if member is None:
+            return
+        if member.size < 0:
+            raise tarfile.ReadError(f"a header claims {member.size:,} bytes")
+        tar.members.clear()  # type: ignore[attr-defined]  # TarFile would keep them all
+        yield member

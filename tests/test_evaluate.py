@@ -160,7 +160,7 @@ def test_a_list_of_another_length_or_with_copies_is_not_taken_for_class_ids(
 
 def test_classes_of_other_ids_are_said(ranks, trained, tmp_path, image_folder, capfd):
     other = tmp_path / "other"
-    shutil.copytree(image_folder, other, ignore=shutil.ignore_patterns(".moevit-index"))
+    shutil.copytree(image_folder, other, ignore=shutil.ignore_patterns(".moevit-index*"))
     for split in ("train", "val"):
         (other / split / CLASSES[1]).rename(other / split / "n00000001x")
     evaluated(ranks, trained[0], f"dataset.val.root={other}", tmp_path=tmp_path)

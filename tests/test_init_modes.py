@@ -637,7 +637,7 @@ def test_a_run_says_that_the_head_it_begins_with_has_classes_of_other_ids(
 ):
     ranks(1, train_it, small_run("training.steps=1"))
     other = tmp_path / "renamed"
-    shutil.copytree(image_folder, other, ignore=shutil.ignore_patterns(".moevit-index"))
+    shutil.copytree(image_folder, other, ignore=shutil.ignore_patterns(".moevit-index*"))
     for split in ("train", "val"):
         (other / split / "n00000002").rename(other / split / "n00000009")
     again = ["training.steps=1", f"init.checkpoint={tmp_path / 'run'}"]

@@ -362,7 +362,7 @@ def test_the_command_packs_both_splits(root, tmp_path):
     [
         (["--max-bad", "3"], "--max-bad 3: has no effect without --on-error skip"),
         (["--side", "-1"], "--side and --max-bad must be at least 0"),
-        (["--workers", "0"], "--workers at least 1"),
+        (["--workers", "0"], "--workers 1 to 1024"),
     ],
 )
 def test_options_that_do_nothing_or_make_no_sense_are_refused(
