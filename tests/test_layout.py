@@ -236,7 +236,7 @@ def texts(folder=ROOT):
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             is_cache = path.name.startswith(".") and path.name != ".ci"
-            is_unpacked = path.parent.name == "data"
+            is_unpacked = path.parent == ROOT / "data"
             if path.name not in SKIPPED_FOLDERS and not is_cache and not is_unpacked:
                 yield from texts(path)
         elif path.suffix in TEXT_SUFFIXES:
