@@ -199,6 +199,8 @@ def kill_runs(folder: Path, *, kills: int, seed: int) -> tuple[Counter[str], lis
             moment = rng.choice(
                 [m for m in MOMENTS if is_new or m not in ("unpacking", "indexing")]
             )
+            if not tally:  # of any number of kills one lets the next start resume
+                moment = "saved"
             pattern, most_s = MOMENTS[moment]
             life = Life(home)
             if tally.total() < kills and life.wait_for(pattern, rng.uniform(0, most_s)):
