@@ -40,6 +40,7 @@ import checkpoint
 from benchmarks import common, folders
 from benchmarks.clock import end_of, rounds
 from options import compose
+from options.command_line import Parser
 from parallel import collectives, distributed
 from training import prepare
 from weights import dcp_writer
@@ -266,7 +267,7 @@ def run_rank(rank: int, arguments: argparse.Namespace, root: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Start the ranks in a folder on the disk to measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-name", default="vit_small_patch16_224")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--port", type=int, default=29561, help="where several ranks meet")

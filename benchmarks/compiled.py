@@ -10,7 +10,6 @@ with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1. Validation compiles once more per siz
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from benchmarks.clock import Clock, interleave, wall_clock
 from benchmarks.moe_cpu import CLOCKS
 from benchmarks.train_step import OVERRIDES
 from options import compose
+from options.command_line import Parser
 from parallel import distributed
 from training import prepare
 
@@ -53,7 +53,7 @@ def measure(name: str, overrides: list[str], *, repeats: int, clock: Clock) -> l
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-names", nargs="+", default=CONFIGS)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)

@@ -14,7 +14,6 @@ The floor of fed is the slower of the other two: `of_floor` is its rate over tha
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
@@ -30,6 +29,7 @@ import train
 from benchmarks import common, jpegs, steps
 from images.batches import Batch
 from options import compose
+from options.command_line import Parser
 from parallel import distributed
 from training import loaders, prepare
 from training.run import Run
@@ -119,7 +119,7 @@ def rows_of(times: dict[str, list[float]], *, batch: int) -> list[common.Row]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-name", default="vit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))

@@ -21,7 +21,6 @@ the difference of the two means.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -53,6 +52,7 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks import common
 from options import compose
+from options.command_line import Parser
 from options.schema import Config, walk
 from parallel.terminal import show_result
 
@@ -302,7 +302,7 @@ def add_row(out: Path, row: common.Row, *, conditions: Mapping[str, object]) -> 
 
 def main() -> None:
     """Run what is not in the file yet, print a table and the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-name", default="vit_tiny_patch8_64")
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))

@@ -10,7 +10,6 @@ The import row is the floor: a process that imports torch and timm, as both do.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import signal
@@ -26,6 +25,7 @@ import torch
 from benchmarks import common
 from benchmarks.clock import end_of, rounds
 from images import roots
+from options.command_line import Parser
 
 RIVAL, OURS, FLOOR = "plain timm script", "train.py", "import torch, timm"
 FIRST_STEP = "train step=1 "
@@ -106,7 +106,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, write after each round what is needed to repeat it, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds from cold disks, left out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

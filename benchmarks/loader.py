@@ -56,6 +56,7 @@ from images.augment import Normaliser, Transform, train_transform
 from images.cache import index_images
 from images.feed import Feed, Tolerance
 from images.reading import ImageReader, pick_decoder
+from options.command_line import Parser
 from parallel.terminal import show_result
 
 BATCH, CROP = 64, 224
@@ -312,7 +313,7 @@ def parse(
     argv: list[str] | None, name: str, about: str | None, *, images: int, epochs: int, rounds: int
 ) -> argparse.Namespace:
     """Return the arguments of a benchmark of loaders, with its own defaults."""
-    parser = argparse.ArgumentParser(description=about)
+    parser = Parser(description=about)
     parser.add_argument("--images", type=int, default=images)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--rounds", type=int, default=rounds)

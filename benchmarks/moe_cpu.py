@@ -14,7 +14,6 @@ anything is timed. Rows alternate in one process; the figures are ratios. Rows:
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import time
@@ -29,6 +28,7 @@ import moe
 from benchmarks import common
 from benchmarks.clock import Clock, Run, end_of, interleave, wall_clock
 from layers.modules import Mlp
+from options.command_line import Parser
 from options.schema import MoEOptions
 from routers.router import Router
 
@@ -208,7 +208,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 def main() -> None:
     """Measure, print a table and write it, after each shape, with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--shapes", type=parse_shape, nargs="+", default=SHAPES, metavar="T,D,F")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)

@@ -34,6 +34,7 @@ from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS, layer_floor_ms, works
 from benchmarks.moe_rivals import Case, Contender, Problem, draw
 from moe_kernels import tiles
 from moe_kernels.ops import resolve_kernels
+from options.command_line import Parser
 from parallel.terminal import show_result
 
 PACKAGES = ("torch", "triton", "scattermoe", "sonic-moe", "megablocks", "liger-kernel")
@@ -258,7 +259,7 @@ def print_result(result: CaseResult) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--cases", choices=("quick", "full"), default="quick")
     parser.add_argument("--match", default="", help="regex of labels as 768x3072 E8 k1 T50176 ...")
     parser.add_argument("--repeats", type=int, default=30)

@@ -13,7 +13,6 @@ large buffer in place in the same round; on CUDA at an H200's 4.3 TB/s. Rows:
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import statistics
@@ -29,6 +28,7 @@ from benchmarks.moe_check import library_errors
 from benchmarks.moe_kernels import PEAK_BYTES
 from layers import te
 from options import compose
+from options.command_line import Parser
 from options.schema import Config
 from parallel import distributed, sharding
 from training import prepare
@@ -178,7 +178,7 @@ def rows_of(times: dict[str, list[float]], floor_ms: list[float]) -> list[common
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-name", default="vit_small_patch16_224")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=30)

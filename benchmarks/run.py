@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import tables
+from options.command_line import Parser
 from parallel.terminal import show_result, warn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,9 +240,7 @@ def free_path(device: str, *, date: str) -> Path:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=tuple(PARTS))
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for all parts together")

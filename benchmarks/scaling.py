@@ -11,7 +11,6 @@ at the same time, which share nothing but the machine; the ways take turns. Rows
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
@@ -30,6 +29,7 @@ from torch import multiprocessing
 from benchmarks import clock, common, steps
 from benchmarks.train_step import OVERRIDES
 from options import compose
+from options.command_line import Parser
 from parallel import distributed, launch
 from training import prepare
 
@@ -158,7 +158,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it, after each config, with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--configs", nargs="+", default=CONFIGS)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--limit-s", type=float, default=math.inf, help="fewer rounds after this")

@@ -29,6 +29,7 @@ from benchmarks.clock import host_ms, interleave, step_clock
 from benchmarks.moe_check import library_errors
 from benchmarks.moe_kernels import PEAK_BYTES, PEAK_FLOPS
 from benchmarks.step_cases import Group, Made, Setting
+from options.command_line import Parser
 from parallel import distributed
 from parallel.terminal import show_result
 
@@ -251,7 +252,7 @@ def profile(group: Group, names: list[str], setting: Setting) -> list[common.Row
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--match", default="", help="regex of groups, as 'dense B16 b256'")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these of a group")
     parser.add_argument("--repeats", type=int, default=10, help="rounds of a group")

@@ -14,13 +14,13 @@ One idea: each table is a function from results to Markdown.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from options.command_line import Parser
 from parallel.terminal import show_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -492,7 +492,7 @@ def render(text: str, parts: list[Part]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the tables into the documents."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--documents", type=Path, nargs="+", default=DOCUMENTS)
     options = parser.parse_args(argv)

@@ -13,7 +13,6 @@ so that a noisy machine disturbs all alike, and the figure is a ratio. Rows:
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from benchmarks import common, steps
 from benchmarks.clock import end_of, interleave, wall_clock
 from benchmarks.steps import Step
 from options import compose
+from options.command_line import Parser
 from options.schema import Config
 from parallel import distributed
 from training import prepare
@@ -72,7 +72,7 @@ def measure(config: Config, *, repeats: int, end_s: float) -> list[common.Row]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and write it, after each batch, with what is needed to repeat it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-name", default="vit_tiny_patch8_64")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 2])
     parser.add_argument("--repeats", type=int, default=30)

@@ -51,6 +51,19 @@ def in_child(fn, *args):
     assert process.exitcode == 0
 
 
+@pytest.mark.parametrize(
+    "part",
+    [fed, loader, optimizer, run, scaling, step_gpu, train_step],
+    ids=lambda part: part.__name__,
+)
+def test_an_unknown_flag_of_a_benchmark_is_one_line(part, capsys):
+    with pytest.raises(SystemExit) as end:
+        part.main(["--bogus"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert line.startswith("error: ")
+
+
 @pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
 def test_the_tables_of_a_document_are_those_of_the_results(path):
     text = path.read_text()
