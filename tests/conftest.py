@@ -30,7 +30,7 @@ def _child(variables, pipe, fn, args):
     gc.freeze()
     status = 1
     try:
-        with distributed.process_group("cpu", timeout_s=60) as world:
+        with distributed.process_group("cpu", timeout_s=TIMEOUT_S) as world:
             result = fn(world, *args)
         pipe.send_bytes(pickle.dumps((True, result)))  # not send(): it shares tensors by descriptor
         status = 0

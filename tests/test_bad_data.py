@@ -36,6 +36,7 @@ from images.reading import (
 from parallel.seeds import stable_seed
 from tests.support.datasets import bomb, jpeg, png, put, sixteen_bit
 from tests.support.pictures import folder_dataset, train_batches, val_batches, write_image
+from tests.support.processes import TIMEOUT_S
 from training import loaders, prepare
 
 
@@ -522,8 +523,8 @@ def test_a_killed_worker_stops_the_run_and_is_named(root):
     started = time.monotonic()
     says = r"^data val: DataLoader worker \(pid(\(s\))? \d+.*\) (is killed|exited).* 0 to 1\)$"
     with pytest.raises(ChildProcessError, match=says):
-        list(feed_of(root, "val", transform=kill_oneself, num_workers=2, timeout_s=30.0))
-    assert time.monotonic() - started < 20
+        list(feed_of(root, "val", transform=kill_oneself, num_workers=2, timeout_s=TIMEOUT_S))
+    assert time.monotonic() - started < TIMEOUT_S / 2
 
 
 def test_a_stuck_worker_stops_the_run_within_the_timeout_and_is_named(root):
@@ -531,7 +532,7 @@ def test_a_stuck_worker_stops_the_run_within_the_timeout_and_is_named(root):
     says = r"data val: no batch within dataset\.timeout_s=1 from worker 0 of 1, .* 0 to 1"
     with pytest.raises(TimeoutError, match=says):
         list(feed_of(root, "val", transform=sleep_forever, num_workers=1, timeout_s=1.0))
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < TIMEOUT_S / 2
 
 
 def test_a_worker_that_dies_while_no_batch_is_waited_for_is_one_line(root):

@@ -36,6 +36,7 @@ from benchmarks import (
 from benchmarks.clock import interleave, wall_clock
 from benchmarks.step_cases import GROUPS, Group, Made, Setting
 from layers import compile as block_compile
+from tests.support.processes import TIMEOUT_S
 
 CPU = torch.device("cpu")
 COMMITTED = tables.read_parts(tables.RESULTS)
@@ -47,7 +48,7 @@ def in_child(fn, *args):
     """Run in a forked process: process groups and compilers leave nothing behind in this one."""
     process = multiprocessing.get_context("fork").Process(target=fn, args=args)
     process.start()
-    process.join(120)
+    process.join(TIMEOUT_S)
     assert process.exitcode == 0
 
 

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 from tests.support import faults
+from tests.support.processes import wait_until
 from training import stopping
 from weights import verify
 from weights.background import AsyncSaver, Committed
@@ -232,10 +233,7 @@ def test_a_worker_ends_with_its_trainer_even_if_loader_processes_do_not(ranks, t
     worker, child = ranks(1, leave_without_notice, tmp_path)[0]
     try:
         assert is_alive(child)
-        deadline = time.monotonic() + 5
-        while is_alive(worker) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not is_alive(worker)
+        wait_until(lambda: not is_alive(worker))
     finally:
         os.kill(child, signal.SIGKILL)
 

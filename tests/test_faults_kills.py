@@ -88,7 +88,7 @@ POINTS = ["before its write", "in its write", "after its write", "before the man
 @pytest.mark.parametrize("where", POINTS)
 def test_one_of_two_ranks_killed_commits_nothing(ranks, tmp_path, where):
     with pytest.raises(pytest.fail.Exception, match=r"died|Connection|closed"):
-        ranks(2, save_and_die, tmp_path, where, timeout_s=60)
+        ranks(2, save_and_die, tmp_path, where)
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_1_loss_1.000"]
     assert ranks(2, lambda world: faults.Ours.resume(tmp_path)) == [1.0, 1.0]
 
@@ -122,7 +122,7 @@ def naive_save_and_die(world, folder):
 
 def test_stock_dcp_mixes_two_checkpoints_then(ranks, tmp_path):
     with pytest.raises(pytest.fail.Exception, match=r"died|Connection|closed"):
-        ranks(2, naive_save_and_die, tmp_path, timeout_s=60)
+        ranks(2, naive_save_and_die, tmp_path)
     content = {name: torch.full(faults.SHAPE, -1.0) for name in "abc"}
     state_dict_loader.load(content, storage_reader=FileSystemReader(tmp_path), no_dist=True)
     assert {float(tensor[0, 0]) for tensor in content.values()} == {1.0, 2.0}

@@ -38,6 +38,7 @@ from images.reading import ImageReader, decode_rgb, read_header, rgb
 from options.schema import TrainDataOptions
 from tests.support import pictures
 from tests.support.pictures import folder_dataset, write_image
+from tests.support.processes import TIMEOUT_S
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 OPTIONS = {
@@ -350,7 +351,7 @@ def test_spawned_workers_change_no_bit(root, tmp_path):
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
     command = [sys.executable, str(tmp_path / "spawned.py"), str(root)]
-    subprocess.run(command, env=env, check=True, timeout=120)
+    subprocess.run(command, env=env, check=True, timeout=TIMEOUT_S)
 
 
 def test_exit_in_mid_epoch_does_not_hang(root):
@@ -363,7 +364,9 @@ def test_exit_in_mid_epoch_does_not_hang(root):
     )
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
-    subprocess.run([sys.executable, "-c", script, str(root)], env=env, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", script, str(root)], env=env, check=True, timeout=TIMEOUT_S
+    )
 
 
 def normalised(image):

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from images.cache import index_images
 from images.reading import ImageReader, UnreadableError, read_header, rgb
 from tests.support.datasets import ROOT, bomb, jpeg, pack, png, sixteen_bit
 from tests.support.pictures import folder_dataset, write_image
+from tests.support.processes import wait_until
 
 SIDE = 32
 
@@ -341,10 +341,7 @@ def test_workers_of_a_killed_command_end(root, tmp_path):
     killed = subprocess.run([*map(str, words), "--workers", "2"], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
     worker = Path("/proc") / (out / "pid").read_text()
-    deadline = time.monotonic() + 20
-    while worker.exists() and "(zombie)" not in (worker / "status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not worker.exists() or "(zombie)" in (worker / "status").read_text())
 
 
 def test_the_command_packs_both_splits(root, tmp_path):

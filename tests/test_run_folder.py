@@ -198,7 +198,7 @@ def test_loader_processes_do_not_keep_the_lock(ranks, tmp_path):
             os._exit(9)
 
     with pytest.raises(pytest.fail.Exception, match=r"died|no result"):
-        ranks(1, die_with_a_child, timeout_s=1)
+        ranks(1, die_with_a_child, timeout_s=10)
 
     def take(world):
         with run_folder.locked(tmp_path):
