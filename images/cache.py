@@ -328,25 +328,32 @@ def _is_whole(index: ImageIndex) -> bool:
     """Return whether every number is one of a class, a shard or a place in a file."""
     count, in_shards = len(index), len(index) if index.shards else 0
     lengths = [len(index.labels), len(index.sizes), len(index.shard_of), len(index.offsets)]
-    numbers = [*zip(index.labels, index.sizes, strict=True)] if count else []
-    places = [*zip(index.shard_of, index.offsets, strict=True)]
     return (
         lengths == [count, count, in_shards, in_shards]
         and len(index.prints) in (0, count)
-        and all(0 <= label < len(index.classes) and size >= 0 for label, size in numbers)
-        and all(0 <= shard < len(index.shards) and offset >= 0 for shard, offset in places)
+        and _are_below(len(index.shards), index.shard_of)
+        and _are_below(1 << 63, index.sizes)
+        and _are_below(1 << 63, index.offsets)
     )
+
+
+def _are_below(limit: int, numbers: Sequence[int] | array) -> bool:
+    found = np.asarray(numbers, np.int64)
+    return not len(found) or (found.min() >= 0 and int(found.max()) < limit)
 
 
 def _index(arrays: Mapping[str, np.ndarray], header: Mapping) -> ImageIndex:
     numbers = list(range(len(header["classes"])))  # one int object per class, not one per image
     names = arrays["paths"].tobytes().decode("utf-8", "surrogateescape")
     found = {name: array(kind, arrays[name].tobytes()) for name, kind in NUMBERS.items()}
+    labels = found.pop("labels")
+    if not _are_below(len(numbers), labels):
+        raise ValueError("has labels of no class")
     return ImageIndex(
         root=Path(header["root"]),
         layout=header["layout"],
         paths=Names(names.split(SEPARATOR)),
-        labels=tuple(numbers[label] for label in found.pop("labels")),
+        labels=tuple(numbers[label] for label in labels),
         classes=tuple(header["classes"]),
         split=header["split"],
         shards=tuple(header["shards"]),

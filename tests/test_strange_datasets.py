@@ -213,6 +213,12 @@ def test_an_index_that_watches_nothing_or_another_folder_is_made_anew(root, tmp_
         assert again.is_new and cache.load(again) == index_images(root, "train"), changes
 
 
+def test_an_index_with_numbers_of_nothing_is_made_anew(root):
+    for labels in ((-1,) * 11, (3,) * 11, (0,) * 10):
+        planted(root, labels=labels)
+        assert cache.refresh(root, "train").is_new, labels
+
+
 def test_an_index_that_others_may_write_is_made_anew_and_said(root, capfd):
     path = cache.refresh(root, "train").path
     path.chmod(0o666)
