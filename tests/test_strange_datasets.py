@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -121,6 +122,16 @@ def test_too_many_pixels_of_a_bmp_are_refused_before_memory_is_taken():
     raw[18:26] = (9000).to_bytes(4, "little") * 2
     with pytest.raises(UnreadableError, match="9000x9000 pixels, at most 64,000,000"):
         read_header(bytes(raw))
+
+
+def test_a_tiff_whose_tiles_are_larger_than_an_image_may_be_is_refused():
+    side = {256: 8, 257: 8, 258: 8, 259: 8, 262: 1, 277: 1, 322: 60_000, 323: 60_000}
+    tags = [
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in {**side, 324: 8, 325: 8}.items()
+    ]
+    raw = b"II*\0" + struct.pack("<IQH", 16, 0, len(tags)) + b"".join(tags) + bytes(4)
+    with pytest.raises(UnreadableError, match="tiles of 3,600,000,000 pixels, at most 64,000,000"):
+        read_header(raw)
 
 
 def test_a_tiff_of_floating_point_pixels_is_refused():
@@ -279,6 +290,12 @@ def test_a_damaged_index_of_any_kind_is_made_anew(root, damage):
     damage(path)
     assert cache.refresh(root, "train").is_new
     assert cache.load(cache.refresh(root, "train")) == index_images(root, "train")
+
+
+def test_an_index_larger_than_its_file_is_not_unpacked(tmp_path):
+    bomb_of_zeros(tmp_path / "bomb.npz")
+    with pytest.raises(ValueError, match="is larger than its file"):
+        cache._load_arrays(tmp_path / "bomb.npz")
 
 
 def test_changed_classes_above_the_shards_are_noticed(root, tmp_path):
