@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from options import nvidia_names
@@ -27,9 +28,11 @@ EXIT_USAGE = 2
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 _INT = re.compile(r"[+-]?\d+(_\d+)*")
 _OTHER = re.compile(r"\$\{([\w.]+)\}")
-_TRUTH = {"true": True, "yes": True, "on": True, "1": True} | {
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+_TRUTH = {"true": True, "yes": True, "y": True, "on": True, "1": True} | {
     "false": False,
     "no": False,
+    "n": False,
     "off": False,
     "0": False,
 }
@@ -60,7 +63,7 @@ def unknown_option(key: str) -> str:
 def literal(value: object) -> object:
     """Return `value` so that OmegaConf takes a ${...} in its text for these characters."""
     if isinstance(value, str):
-        return value.replace("${", "\\${")
+        return _INTERPOLATION.sub(r"\1\1\\${", value)
     if isinstance(value, Mapping):
         return {key: literal(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -69,20 +72,24 @@ def literal(value: object) -> object:
 
 
 def _text(text: str) -> str:
+    if text == "???":  # OmegaConf's own mark for a value that is missing
+        raise ValueError
     is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
     return text[1:-1] if is_quoted else text
 
 
 def _int(text: str) -> int:
+    text = _text(text.strip())
     if not _INT.fullmatch(text):
         raise ValueError
     return int(text)
 
 
 def _bool(text: str) -> bool:
-    if text.lower() not in _TRUTH:
+    truth = _TRUTH.get(_text(text.strip()).lower())
+    if truth is None:
         raise ValueError
-    return _TRUTH[text.lower()]
+    return truth
 
 
 def _items(text: str) -> list[str]:
@@ -94,7 +101,10 @@ def _items(text: str) -> list[str]:
         found = _ITEM.match(inside, at)
         if found is None:
             raise ValueError
-        items.append(next(group for group in found.groups()[:3] if group is not None))
+        item = next(group for group in found.groups()[:3] if group is not None)
+        if not item and found[3] is not None:  # nothing between two commas, not even quotes
+            raise ValueError
+        items.append(item)
         at = found.end()
         if not found[4]:
             break
@@ -105,11 +115,16 @@ def _size(text: str) -> int | list[int]:
     return [_int(item) for item in _items(text)] if text.startswith("[") else _int(text)
 
 
+def _refers_to(text: str, names: Collection[str]) -> bool:
+    """Return whether `text` has another option's value in it, as ${training.seed}."""
+    return any(other in names for other in _OTHER.findall(text))
+
+
 _READERS: dict[str, Callable[[str], object]] = {
     "Any": _size,
     "bool": _bool,
     "int": _int,
-    "float": float,
+    "float": lambda text: float(_text(text.strip())),
     "list[str]": _items,
     "list[int]": lambda text: [_int(item) for item in _items(text)],
     "list[float]": lambda text: [float(item) for item in _items(text)],
@@ -123,11 +138,10 @@ def _value(
     """Return what `text` means for an option of the declared type; `names` are all options'."""
     kinds = str(field.type).split(" | ")
     can_be_null = "None" in kinds or field.default is None
-    if can_be_null and text == "null":
+    if can_be_null and text in ("null", "Null", "NULL"):
         return None
-    is_text = kinds[0] == "str"
-    if not is_text and (other := _OTHER.fullmatch(text)) and other[1] in names:
-        return text  # OmegaConf looks up the other option's value
+    if _refers_to(text, names):
+        return text  # OmegaConf looks it up
     for kind in (kind for kind in kinds if kind != "None"):
         try:
             return literal(_READERS[kind](text))
@@ -146,7 +160,7 @@ def _section(override: str, name: str, text: str) -> dict[str, object]:
         raise ValueError(unknown_option(name))
     try:
         values = OmegaConf.from_dotlist([f"value={text}"])["value"]
-    except YAMLError as error:
+    except (YAMLError, OmegaConfBaseException) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"config {override}: the value is not YAML: {problem}") from error
     if not isinstance(values, DictConfig):
@@ -175,6 +189,14 @@ def parse_override(override: str) -> dict[str, object]:
     if name not in fields:
         return _section(override, name, text)
     return {name: _value(name, fields[name], text, names=fields)}
+
+
+def is_given(tree: DictConfig, name: str) -> bool:
+    """Return whether `tree` has a value for the option, be it one that refers to another."""
+    node: Any = tree
+    for part in name.split("."):
+        node = node._get_node(part) if isinstance(node, DictConfig) else None
+    return node is not None
 
 
 def given_tree(overrides: list[str]) -> DictConfig:

@@ -7,6 +7,7 @@ Every mistake is a ValueError of one line that names the field, the value and wh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from options.checks import validate
-from options.command_line import given_tree, literal, unknown_option
+from options.command_line import given_tree, is_given, literal, unknown_option
 from options.recipe_files import check_recipe
 from options.schema import Config, walk
 from options.values import expected
@@ -70,9 +71,15 @@ def _fit_warmup(
     recipe: DictConfig, merged: DictConfig, given: DictConfig, note: Callable[[str], None]
 ) -> None:
     """Shorten the recipe's warm-up with its run, if `given` makes that shorter than the warm-up."""
-    key, steps = "optimizer.warmup_steps", OmegaConf.select(merged, "training.steps")
-    planned, warmup = recipe.training.steps, recipe.optimizer.warmup_steps
-    if OmegaConf.select(given, key) is None and 0 < steps < warmup <= planned:
+    key = "optimizer.warmup_steps"
+    if is_given(given, key):
+        return
+    steps, planned, warmup = (
+        OmegaConf.select(tree, name, throw_on_resolution_failure=False)
+        for tree, name in ((merged, "training.steps"), (recipe, "training.steps"), (recipe, key))
+    )
+    are_known = all(isinstance(number, int) for number in (steps, planned, warmup))
+    if are_known and 0 < steps < warmup <= planned:
         fitting = max(1, round(warmup * steps / planned))
         OmegaConf.update(merged, key, fitting)
         note(
@@ -126,9 +133,12 @@ def given_options(overrides: list[str]) -> dict[str, object]:
     Raises:
         ValueError: An override is not name=value, or gives a whole section one value.
     """
-    given, marker = given_tree(overrides), object()
-    found = {name: OmegaConf.select(given, name, default=marker) for name, _, _ in walk(Config())}
-    return {name: value for name, value in found.items() if value is not marker}
+    given = given_tree(overrides)
+    return {
+        name: OmegaConf.select(given, name, throw_on_resolution_failure=False)
+        for name, _, _ in walk(Config())
+        if is_given(given, name)
+    }
 
 
 def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
@@ -152,9 +162,8 @@ def restore(values: Mapping[str, object], overrides: list[str]) -> Config:
 
 def to_yaml(config: Config | dict[str, Any]) -> str:
     """Return options, or the `dataclasses.asdict` of some, as YAML in order of declaration."""
-    if isinstance(config, dict):
-        return OmegaConf.to_yaml(OmegaConf.create(config))
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    return OmegaConf.to_yaml({name: literal(value) for name, value in values.items()})
 
 
 def options_table() -> str:

@@ -5,6 +5,7 @@ import itertools
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 import evaluate
 import export
@@ -13,7 +14,7 @@ from data import pack
 from options import command_line, compose
 from options.command_line import parse_override
 from options.schema import Config, MoEOptions, ViTOptions, walk
-from training import network
+from training import network, prepare
 from vit import VisionTransformer
 
 OPTIONS = {name: field for name, field, _ in walk(Config())}
@@ -25,7 +26,6 @@ AS_TYPED = [
     "a=b",
     "x (v2)",
     "it's",
-    "null",
     "a,b",
     "[x]",
     "a: b",
@@ -33,7 +33,7 @@ AS_TYPED = [
 ]
 
 
-@pytest.mark.parametrize("text", [*AS_TYPED, "${HOME}/x", "$HOME", "true", "a\\b", "*", "", "-1"])
+@pytest.mark.parametrize("text", [*AS_TYPED, "${HOME}/x", "$HOME", "true", "a\\b", "*", "-1"])
 def test_a_path_is_taken_as_typed_by_every_program(text):
     override = f"training.checkpoint.path={text}"
     config = compose.compose("vit_tiny_patch8_64", [override])
@@ -63,6 +63,10 @@ def test_a_path_is_taken_as_typed_by_every_program(text):
         ("model.moe.blocks=[1,3]", [1, 3]),
         ("model.vit.qk_norm=True", True),
         ("model.vit.qk_norm=off", False),
+        ("training.steps= 200", 200),
+        ("training.steps='200'", 200),
+        ("model.moe.capacity_factor=NULL", None),
+        ("dataset.val.root=NULL", None),
         ("model.vit.img_size=96", 96),
         ("model.vit.img_size=[96,64]", [96, 64]),
         ("model.vit.weight_init=", ""),
@@ -93,6 +97,9 @@ def test_every_type_of_an_option_has_a_reader():
         ("optimizer.clip_norm=x", ["clip_norm=x", "a number or null"]),
         ("dataset.class_filter=n01", ["class_filter=n01", "'dataset.class_filter=[a,b]'"]),
         ("dataset.class_filter=['n01]", ["a list of names"]),
+        ("dataset.class_filter=[a,]", ["a list of names"]),
+        ("training.checkpoint.path=???", ["path=???", "text"]),
+        ("model.vit=${optimizer}", ["config model.vit=${optimizer}"]),
         ("optimizer.betas=[0.9;0.99]", ["a list of numbers"]),
         ("model.vit=3", ["is a section"]),
         ("~model", ["name=value"]),
@@ -103,6 +110,26 @@ def test_what_cannot_be_read_is_named_with_what_is_allowed(override, parts):
     with pytest.raises(ValueError, match="config") as caught:
         parse_override(override)
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+
+
+def test_a_value_may_refer_to_another_option():
+    given = ["training.seed=7", "training.checkpoint.path=ckpts/s${training.seed}"]
+    config = compose.compose(
+        "vit_tiny_patch8_64", [*given, "optimizer.warmup_steps=${training.val_interval}"]
+    )
+    assert config.training.checkpoint.path == "ckpts/s7"
+    assert config.optimizer.warmup_steps == config.training.val_interval
+    assert list(compose.given_options(["optimizer.warmup_steps=${training.val_interval}"])) == [
+        "optimizer.warmup_steps"
+    ]
+
+
+@pytest.mark.parametrize("path", ["a${b", "a\\${HOME}", "${HOME}"])
+def test_a_path_is_the_same_in_the_options_that_a_run_writes(path):
+    config = compose.compose("vit_tiny_patch8_64", [f"training.checkpoint.path={path}"])
+    assert config.training.checkpoint.path == path
+    again = OmegaConf.to_container(OmegaConf.create(compose.to_yaml(config)), resolve=True)
+    assert again["training"]["checkpoint"]["path"] == path
 
 
 @pytest.mark.parametrize("program", [train, evaluate, export, pack], ids=lambda p: p.__name__)
@@ -308,3 +335,11 @@ def test_every_time_that_is_waited_has_a_limit():
     names = [name for name in OPTIONS if name.endswith("timeout_s")]
     assert len(names) == 2
     assert [name for name in names if OPTIONS[name].metadata["high"] is None] == []
+
+
+def test_options_are_checked_again_when_the_number_of_classes_is_known():
+    """0.1 / 5 is above the threshold 0: every class would be a target."""
+    bce = ["training.loss=bce", "training.bce_threshold=0", "training.label_smoothing=0.1"]
+    config = compose.compose("vit_tiny_patch8_64", [*bce, "model.vit.num_classes=null"])
+    with pytest.raises(ValueError, match="makes a target of every class"):
+        prepare.with_classes(config, 5)

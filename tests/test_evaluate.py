@@ -345,3 +345,17 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "read_source", interrupt)
     assert evaluate.main(["x"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def found_classes(world, config, trained):
+    return loaders.find_val_images(config, world, trained=trained).classes
+
+
+def test_a_filter_that_names_an_absent_class_is_not_dropped(ranks, small_run):
+    trained = ["n00000000", "n00000001", "n00000002", "n00000009"]
+    every = small_run(f"dataset.class_filter=[{','.join(trained)}]")
+    assert ranks(1, found_classes, every, trained) == [tuple(trained[:3])]
+    for wanted in ("n00000009", "n00000000,n00000009"):
+        config = small_run(f"dataset.class_filter=[{wanted}]")
+        with pytest.raises(pytest.fail.Exception, match=r"n00000009.*not among the 3"):
+            ranks(1, found_classes, config, trained)

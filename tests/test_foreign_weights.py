@@ -15,7 +15,7 @@ import evaluate
 from options import compose
 from tests.support.models import DEPTH, DIM, HEADS, assert_equal, model_of
 from training import network, pretrained
-from weights import families, pickles
+from weights import families, hub, pickles
 from weights.sources import Choice, read_source
 
 CLASSES = 5
@@ -322,7 +322,7 @@ def test_dinov2_with_registers_computes_what_it_did():
     [
         ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
         ("visual.transformer.resblocks.0.ln_1.weight", "CLIP"),
-        ("blocks.0.gamma_1", "BEiT"),
+        ("blocks.0.attn.q_bias", "BEiT"),
         ("blocks.0.mlp.w12.weight", "a ViT with SwiGLU"),
         ("layer1.0.conv1.weight", "ResNet"),
     ],
@@ -453,3 +453,26 @@ def test_a_name_without_end_is_shown_in_part(tmp_path):
     with pytest.raises(ValueError, match=r"weights a{200}\.\.\.: our ViT has no such") as caught:
         read(tmp_path / "x.pth")
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("said", "crop_ratio"),
+    [
+        ({"size": 256, "crop_size": 224, "do_center_crop": True}, 0.875),
+        ({"size": {"height": 256, "width": 256}, "crop_size": 224, "do_center_crop": True}, 0.875),
+        ({"size": {"shortest_edge": 248}, "do_center_crop": True}, 224 / 248),
+        ({"size": {"height": 224, "width": 224}}, 1.0),
+    ],
+)
+def test_a_preprocessors_crop_is_ours(said, crop_ratio):
+    assert hub._images(said, 224)["val"] == {"crop_ratio": crop_ratio}
+
+
+def test_a_preprocessor_that_normalises_nothing_is_followed():
+    found = hub._images({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 8)
+    assert (found["mean"], found["std"]) == ([0.0] * 3, [1.0] * 3)
+
+
+def test_layer_scales_of_deit_iii_have_our_names():
+    weights = {"patch_embed.proj.weight": torch.ones(2, 3, 4, 4), "blocks.0.gamma_2": torch.ones(2)}
+    assert "blocks.0.ls2.gamma" in families.translate(weights).weights

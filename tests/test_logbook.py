@@ -249,6 +249,9 @@ def test_a_wandb_that_fails_does_not_end_the_run(small_run, tmp_path, monkeypatc
         def log(self, values, step=None):
             raise WandbError("no network")
 
+        def finish(self):
+            raise TypeError("not started")
+
     monkeypatch.setitem(sys.modules, "wandb", Broken())
     book = start(small_run("training.wandb.project=p"), tmp_path)
     for step in (1, 2):
@@ -256,9 +259,31 @@ def test_a_wandb_that_fails_does_not_end_the_run(small_run, tmp_path, monkeypatc
     book.close()
     assert [line for line in capfd.readouterr().err.splitlines() if "W&B" in line] == [
         "warning: W&B cannot be written: no network; the run goes on without",
-        "warning: 2 writes to W&B failed",
+        "warning: 3 writes to W&B failed",
     ]
     assert len(lines_of(tmp_path)) == 2
+
+
+def test_a_wandb_that_does_not_start_does_not_end_the_run(small_run, tmp_path, monkeypatch, capfd):
+    class Offline(Wandb):
+        def init(self, **_):
+            raise WandbError("no login")
+
+    monkeypatch.setitem(sys.modules, "wandb", Offline())
+    book = start(small_run("training.wandb.project=p"), tmp_path)
+    book.metrics("train", step=1, values={"loss": 1.0})
+    book.close()
+    assert "warning: W&B cannot be written: no login" in capfd.readouterr().err
+    assert len(lines_of(tmp_path)) == 1
+
+
+def test_a_logbook_needs_no_stderr(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    book = start(small_run(), tmp_path)
+    book.event("begun")
+    book.advance()
+    book.close()
+    assert len(lines_of(tmp_path)) == 1
 
 
 def test_tensorboard_gets_each_figure_at_its_step(small_run, tmp_path):

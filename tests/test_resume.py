@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,11 @@ def test_a_count_that_is_none_is_refused(value):
     with pytest.raises(ValueError, match=r"resume step_3: bad_images=.* must be a list of numbers"):
         resume._bad_images(found)
     assert resume._bad_images(verify.Checkpoint(Path("step_3"), {})) == []
+
+
+def test_a_shorter_warm_up_comes_with_fewer_steps():
+    found = types.SimpleNamespace(step=30, folder=Path("run/step_30"))
+    changes = {"training.steps": (380, 30), "optimizer.warmup_steps": (38, 3)}
+    resume._check_complete(found, changes)
+    with pytest.raises(ValueError, match=r"optimizer.warmup_steps=3: the run in run is complete"):
+        resume._check_complete(found, {"optimizer.warmup_steps": (38, 3)})

@@ -44,9 +44,11 @@ def _find_index(
     prints_s = 0 if data.duplicates == "ignore" else config.distributed.timeout_s / 2
     index = cache.find_index(root, split, world, folder=folder, prints_s=prints_s)
     share = data.subset if split == "train" else 1.0
-    # A part of the classes that were trained may lack some of those that the run was limited to.
-    lacking = {*trained} - {*index.classes}
-    wanted = [name for name in data.class_filter if name not in lacking]
+    wanted = data.class_filter
+    if {*wanted} == {*trained}:
+        # The filter of training: a part of the classes that were trained may be scored. Not one of
+        # them is an error, and so is what a user's own filter names in vain.
+        wanted = [name for name in wanted if name in index.classes] or wanted
     return image_index.select(index, class_filter=wanted, share=share)
 
 

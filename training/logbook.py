@@ -21,7 +21,8 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Protocol, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -47,6 +48,10 @@ PACKAGES = (
 )
 
 
+T = TypeVar("T")
+_SINK_ERRORS = (Exception,)  # W&B has its own, and its network's
+
+
 class _WandbRun(Protocol):
     def define_metric(self, name: str, *, step_metric: str | None = None) -> object: ...
 
@@ -66,22 +71,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def start_wandb(config: Config, folder: Path) -> _WandbRun | None:
-    """Return a W&B run, or None without a project; a resumed run goes on with its own.
+def import_wandb(config: Config) -> ModuleType:
+    """Return the module, which is optional.
 
     Raises:
-        ValueError: A project was asked for and wandb does not import.
+        ValueError: It does not import.
     """
-    o = config.training.wandb
-    if o.project is None:
-        return None
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
-            f"config training.wandb.project={o.project}: wandb does not import ({error}); "
-            "`pip install wandb`, or set it to null"
+            f"config training.wandb.project={config.training.wandb.project}: wandb does not "
+            f"import ({error}); `pip install wandb`, or set it to null"
         ) from error
+
+
+def start_wandb(wandb: ModuleType, config: Config, folder: Path) -> _WandbRun:
+    """Return a W&B run; a resumed run goes on with its own."""
+    o = config.training.wandb
     id_file = folder / "wandb_id"
     if not id_file.exists():
         write_text(id_file, uuid.uuid4().hex)
@@ -133,26 +140,30 @@ class Logbook:
         self._file: LogFile | None = None
         self._board = self._wandb = self._bar = None
         self._lost: Counter[str] = Counter()
-        self._tolerated: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError)
         if not is_main:
             return
         o = config.training
-        self._wandb = start_wandb(config, folder)
-        if self._wandb is not None:
-            self._tolerated += (sys.modules["wandb"].Error,)
+        if o.wandb.project is not None:
+            wandb = import_wandb(config)
+            self._wandb = self._try("W&B", lambda: start_wandb(wandb, config, folder))
         self._file = LogFile(folder / "log.jsonl")
         if o.tensorboard:
             self._board = open_board(folder / "tensorboard", step=step)
-        self._bar = tqdm(total=o.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+        # None: where it is a terminal.
+        is_off = True if sys.stderr is None else None
+        self._bar = tqdm(
+            total=o.steps, initial=step, unit="step", dynamic_ncols=True, disable=is_off
+        )
 
-    def _try(self, sink: str, write: Callable[[], object]) -> None:
+    def _try(self, sink: str, write: Callable[[], T]) -> T | None:
         """Let `sink` write; what it raises is not worth the run."""
         try:
-            write()
-        except self._tolerated as error:
+            return write()
+        except _SINK_ERRORS as error:
             self._lost[sink] += 1
             if self._lost[sink] == 1:
                 warn(f"warning: {sink} cannot be written: {error}; the run goes on without")
+            return None
 
     def event(self, name: str, **values: object) -> None:
         """Print one `name key=value ...` line and add it to log.jsonl.

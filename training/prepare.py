@@ -84,11 +84,16 @@ def build_mixer(config: Config) -> Mixer | None:
 
 
 def with_classes(config: Config, num_classes: int) -> Config:
-    """Return `config` with model.vit.num_classes=null filled in."""
+    """Return `config` with model.vit.num_classes=null filled in.
+
+    Raises:
+        ValueError: Other options do not go with that number.
+    """
     if config.model.vit.num_classes is not None:
         return config
     vit = dataclasses.replace(config.model.vit, num_classes=num_classes)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vit=vit))
+    model = dataclasses.replace(config.model, vit=vit)
+    return checks.validate(dataclasses.replace(config, model=model))
 
 
 def prepare(config: Config, world: World) -> tuple[Run, dict[str, object]]:

@@ -61,6 +61,11 @@ WITHOUT_EFFECT = (
     "device",
     "distributed.",
     "fsdp.",
+    "model.backend",
+    "model.compile",
+    "model.moe.kernels",
+    "model.sdpa",
+    "model.vit.grad_checkpointing",
     "training.checkpoint.",
     "training.grad_accum_steps",
     "training.log_interval",
@@ -142,6 +147,8 @@ def _changes(found: verify.Checkpoint, new: object) -> dict[str, tuple[object, o
 def _check_complete(found: verify.Checkpoint, changes: Mapping[str, tuple[object, object]]) -> None:
     """Refuse to show the figures of a complete run as those of other options."""
     names = [name for name in changes if not name.startswith(WITHOUT_EFFECT)]
+    if "training.steps" in changes:  # a shorter warm-up may come with fewer steps
+        names = [name for name in names if name != "optimizer.warmup_steps"]
     if names:
         asked, had = (
             ", ".join(f"{name}={changes[name][when]}" for name in names) for when in (1, 0)

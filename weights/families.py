@@ -48,6 +48,7 @@ _RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "": (
         (r"pos_embed\.(pos_embed|cls_token|reg_token)", r"\1"),  # NVIDIA's recipe
         (r"blocks\.\d+\.(\d+\..+)", r"blocks.\1"),
+        (r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),  # DeiT III
     ),
     TRANSFORMERS: (
         (r"embeddings\.(cls_token|register_tokens|mask_token)", r"\1"),
@@ -86,7 +87,7 @@ _QKV = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|valu
 # Networks that people take for a ViT of ours, by a name that no other has.
 _LOOKALIKES = {
     "Swin": r"relative_position_bias_table.*|layers\.\d+\.blocks\..+",
-    "BEiT": r"blocks\.\d+\.gamma_[12]|.*relative_position_bias.*",
+    "BEiT": r"blocks\.\d+\.attn\.[qv]_bias|.*relative_position_bias.*",
     "CLIP": r"(?:visual\.)?transformer\.resblocks\..+|vision_model\..+|text_model\..+",
     "Segment Anything": r".*\.rel_pos_[hw]",
     "a ViT with SwiGLU (EVA, DINOv2 giant)": r".*\.mlp\.(?:w12|w3|fc1_g|weights_in)\..+",

@@ -44,11 +44,21 @@ def _images(said: Json, img_size: int) -> dict[str, Any]:
     resample = said.get("resample")
     if isinstance(resample, int) and resample in _FILTERS:
         data["interpolation"] = _FILTERS[resample]
-    size = said.get("size")
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
-    if said.get("do_center_crop") and isinstance(shortest, int) and shortest >= img_size:
-        data["val"] = {"crop_ratio": img_size / shortest}
+    if said.get("do_normalize") is False:
+        data |= {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    resized, cropped = (_side(said.get(name)) for name in ("size", "crop_size"))
+    if said.get("do_center_crop") and resized is not None:
+        side = img_size if cropped is None else cropped
+        if side <= resized:
+            data["val"] = {"crop_ratio": side / resized}
     return data
+
+
+def _side(size: object) -> int | None:
+    """Return the pixels of a size: a number, or one with a shortest edge or height and width."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def options_of(config: Json, preprocessor: Json, weights: Weights) -> tuple[Json, tuple[str, ...]]:
@@ -85,5 +95,14 @@ def options_of(config: Json, preprocessor: Json, weights: Weights) -> tuple[Json
     if (eps := config.get("layer_norm_eps", _EPS)) != _EPS:
         notes.append(f"LayerNorms have eps {eps!r:.80}, ours have {_EPS}: logits differ slightly")
     if not preprocessor:
-        notes.append(f"no {PREPROCESSOR} beside it: set dataset.mean and dataset.std yourself")
+        notes.append(
+            f"no {PREPROCESSOR} beside it: set dataset.mean, dataset.std, dataset.interpolation "
+            "and dataset.val.crop_ratio yourself"
+        )
+    side = _side(preprocessor.get("crop_size"))
+    if preprocessor.get("do_center_crop") and side not in (None, img_size):
+        notes.append(
+            f"{PREPROCESSOR} makes images of {side} pixels, and the positions are those of "
+            f"{img_size}, at which it runs here"
+        )
     return options, tuple(notes)

@@ -166,6 +166,8 @@ _PLAIN: Mapping[str, object] = {
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "pathlib.PosixPath": _path,
+    "pathlib._local.PosixPath": _path,  # Python 3.13
+    "pathlib._local.WindowsPath": _path,
     "pathlib.WindowsPath": _path,
 }
 
