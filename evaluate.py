@@ -130,12 +130,19 @@ def as_trained(index: ImageIndex, config: Config, trained: Sequence[str]) -> Ima
     is_moved = any(number_of.get(name, n) != n for n, name in enumerate(index.classes))
     if count == num_classes and not is_moved:
         return index  # the names are others
-    problem = (
-        f"{len(unknown)} of {count} classes were not in training, the first {unknown[0]}; name "
-        "the others in dataset.class_filter"
-        if trained
-        else f"has {count} classes and the weights {num_classes}, without the ids that tell which"
-    )
+    if not trained:
+        problem = (
+            f"has {count} classes and the weights {num_classes}, without the ids that tell which"
+        )
+    elif len(unknown) == count:
+        problem = (
+            f"none of its classes was in training ({unknown[0]}, ...; there: {trained[0]}, ...)"
+        )
+    else:
+        problem = (
+            f"{len(unknown)} of {count} classes were not in training, the first {unknown[0]}; name "
+            "the others in dataset.class_filter"
+        )
     raise ValueError(image_index.wrong_root(index.root, "val", problem))
 
 

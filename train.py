@@ -262,9 +262,10 @@ def print_outcome(run: Run, folder: Path, *, figures: Mapping[str, float], is_ol
     }
     if "ema_top1" in figures:
         rows["top-1, averaged weights"] = f"{figures['ema_top1']:.2f} %"
+    rows["validation cross-entropy"] = f"{figures['val_loss']:.4f}"
+    if not is_old:  # that was on other ranks, perhaps
+        rows["speed"] = f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)"
     rows |= {
-        "validation cross-entropy": f"{figures['val_loss']:.4f}",
-        "speed": f"{figures['images_per_s']:.1f} images/s on {run.world.size} rank(s)",
         "checkpoint": str(folder),
         "log": f"{run.folder}/log.jsonl",
         "next": f"{python} -m torch.distributed.checkpoint.format_utils dcp_to_torch "

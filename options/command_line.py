@@ -45,6 +45,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit with code 2."""
+        flag = re.search(r"unrecognized arguments: --(\S+)", message)
+        if flag and _NAME.fullmatch(flag[1].partition("=")[0]):
+            message += "; an option is name=value, without --"
         self.exit(EXIT_USAGE, f"{printable(f'error: {message} (see {self.prog} --help)')}\n")
 
 
@@ -57,7 +60,8 @@ def unknown_option(key: str) -> str:
     parent = key.rpartition(".")[0]
     siblings = [name for name in options + sections if name.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(key, options + sections, n=3)
-    return f"config {key}: no such option (allowed: {', '.join(near or siblings or sections)})"
+    known = f"did you mean {', '.join(near)}?" if near else ", ".join(siblings or sections)
+    return f"config {key}: no such option ({known if near else f'allowed: {known}'})"
 
 
 def literal(value: object) -> object:

@@ -290,7 +290,7 @@ def test_a_hostile_recipe_is_one_line(tmp_path, content, part):
         ("training: {steps: null}", "must be a whole number"),
         ("dataset: {class_filter: 3}", "must be a list of names"),
         ("training: 3", "a section's options must be set one by one"),
-        ("trainin: {steps: 3}", "no such option (allowed: training"),
+        ("trainin: {steps: 3}", "no such option (did you mean training"),
         ("1: 2", "config 1: no such option"),
     ],
 )

@@ -222,7 +222,7 @@ def test_a_run_folder_inside_a_split_is_refused_and_leaves_nothing(
 
     ranks(1, refused)
     made = set(image_folder.rglob("*")) - before
-    assert [path for path in made if ".moevit-index" not in path.parts] == []
+    assert [path for path in made if not path.name.startswith(".moevit-index")] == []
 
 
 def no_locks(*_):

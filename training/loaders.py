@@ -72,7 +72,7 @@ def _check_num_classes(config: Config, index: ImageIndex) -> None:
     if config.model.vit.num_classes not in (None, len(index.classes)):
         raise ValueError(
             f"config model.vit.num_classes={config.model.vit.num_classes}: must be "
-            f"{len(index.classes)}, the classes in {index.root}"
+            f"{len(index.classes)}, the classes in {index.root} (or null: as many as there are)"
         )
 
 

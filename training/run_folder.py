@@ -95,7 +95,10 @@ def _try_lock(folder: Path) -> int:
         except (BlockingIOError, PermissionError) as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise BlockingIOError(f"folder {folder}: in use by {holder} ({path})") from error
+            raise BlockingIOError(
+                f"folder {folder}: in use by {holder} ({path}); wait for it, or give another "
+                "training.checkpoint.path"
+            ) from error
         except OSError as error:
             os.close(descriptor)
             path.unlink(missing_ok=True)

@@ -131,7 +131,9 @@ def to_timm(weights: Weights) -> Weights:
     """
     unknown = [name for name in weights if not DENSE.fullmatch(name)]
     if unknown:
-        raise ValueError(f"weights {listed(unknown)}: timm's ViT has no such parameters")
+        has_experts = any(".experts." in name for name in unknown)
+        advice = "; it has no experts: export to torch, safetensors or mtl" if has_experts else ""
+        raise ValueError(f"weights {listed(unknown)}: timm's ViT has no such parameters{advice}")
     return dict(weights)
 
 
