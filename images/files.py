@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from parallel.ownership import foreign_reason
+
 MAX_TEXT_BYTES = 16 << 20  # ImageNet's longest list of labels has 3 MB
 TOKEN = re.compile(r"[0-9a-f]{32}")
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -52,11 +54,7 @@ def untrusted_reason(facts: os.stat_result) -> str | None:
     """Return why a file may be somebody else's work, None if it is this user's or root's own."""
     if not stat.S_ISREG(facts.st_mode):
         return "is not a plain file"
-    if facts.st_uid not in (os.geteuid(), 0):
-        return f"belongs to user {facts.st_uid}, not to {os.geteuid()} or root"
-    if facts.st_mode & stat.S_IWOTH:
-        return f"can be written by every user (mode {stat.S_IMODE(facts.st_mode):04o})"
-    return None
+    return foreign_reason(facts)
 
 
 class Staged(NamedTuple):

@@ -267,7 +267,7 @@ class LayerNormOfNvidia(torch.nn.LayerNorm):
 
 def load_as_nvidia(path, model, *, megatron_fsdp):
     """The rules of its load_torch_checkpoint; here the keys that it would drop are an error."""
-    weights = torch.load(path, weights_only=False)["model"]
+    weights = torch.load(path, weights_only=True)["model"]
     bare = {key.removeprefix("module.") if megatron_fsdp else key: w for key, w in weights.items()}
     assert bare.keys() == model.state_dict().keys()
     model.load_state_dict(bare, strict=False)

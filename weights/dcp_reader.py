@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,9 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
+from parallel.ownership import foreign_reason
 from weights.pickles import BROKEN, PlainUnpickler, Refused, check_regular
-
-_ROOT_UID = 0
 
 
 def untrusted_reason(path: Path, *, any_mode: bool = False) -> str | None:
@@ -46,11 +44,7 @@ def untrusted_reason(path: Path, *, any_mode: bool = False) -> str | None:
         return "is a symbolic link"
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
         return "is neither a file nor a folder"
-    if facts.st_uid not in (os.geteuid(), _ROOT_UID):
-        return f"belongs to user {facts.st_uid}, not to {os.geteuid()} or root"
-    if facts.st_mode & stat.S_IWOTH and not any_mode:
-        return f"can be written by every user (mode {stat.S_IMODE(facts.st_mode):04o})"
-    return None
+    return foreign_reason(facts, any_mode=any_mode)
 
 
 def _layout(name: str) -> torch.layout:
